@@ -1,0 +1,454 @@
+"""The life of one backend: asleep, started by the first client, ready, asleep again.
+
+Rule: everything that changes a state is in this file; what `TRANSITIONS` does not list is an error. Counterparts: a `Gate`
+(gateway.workers, gateway.handover) brings the clients and is told when to let them through; a `Backend` is started and
+stopped; `gateway.idle` says when it is quiet enough; `gateway.server` owns all activations.
+
+A sleeping backend has no task and no timer. An awake one has one task, `_live`, which reads as the life it leads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from backends.base import Backend, BackendError, Capability, Exit, PassedSocket, Status
+from backends.endpoint import Endpoint
+from backends.units import Duration
+from gateway.backoff import Backoff
+from gateway.config import BackendConfig, Then
+from gateway.idle import Signals, Verdict, judge
+
+log = logging.getLogger(__name__)
+
+STOP_SLACK = 30.0
+"""Seconds beyond `stop_grace` after which a driver's stop is given up."""
+
+
+class State(enum.Enum):
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    FROZEN = "frozen"
+    STOPPING = "stopping"
+
+
+class Event(enum.Enum):
+    WAKE = "wake"
+    STARTED = "started"
+    START_FAILED = "start failed"
+    FREEZE = "quiet: freeze"
+    SLEEP = "quiet: stop"
+    SLEPT = "slept"
+    DIED = "died"
+    REFUSED = "refused"
+
+
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.STOPPED, Event.WAKE): State.STARTING,
+    (State.STARTING, Event.STARTED): State.READY,
+    (State.STARTING, Event.START_FAILED): State.STOPPED,
+    (State.READY, Event.REFUSED): State.STARTING,
+    (State.READY, Event.FREEZE): State.FROZEN,
+    (State.READY, Event.SLEEP): State.STOPPING,
+    (State.READY, Event.DIED): State.STOPPED,
+    (State.FROZEN, Event.WAKE): State.READY,
+    (State.FROZEN, Event.SLEEP): State.STOPPING,
+    (State.FROZEN, Event.DIED): State.STOPPED,
+    (State.STOPPING, Event.SLEPT): State.STOPPED,
+}
+
+
+class IllegalTransition(Exception):
+    """A bug: this event must not happen in this state. Nothing was changed."""
+
+
+def transition(state: State, event: Event) -> State:
+    """The next state. Raises IllegalTransition for what the table does not list."""
+    try:
+        return TRANSITIONS[state, event]
+    except KeyError:
+        raise IllegalTransition(f"{event.value!r} in state {state.value!r}") from None
+
+
+class Gate(Protocol):
+    """What clients of one backend stand before. Closed at first."""
+
+    sockets: Sequence[PassedSocket]
+    """The listening sockets that the backend is handed at its start; none when its clients are relayed."""
+
+    def arm(self) -> None:
+        """The backend is gone or frozen: tell of the next client."""
+
+    def open(self, endpoints: Mapping[str, Endpoint]) -> None:
+        """Let clients through to these endpoints."""
+
+    async def close(self) -> int:
+        """Keep new clients waiting from now on; return how many connections are left."""
+
+    def reject(self, reason: str) -> None:
+        """The start failed: send the waiting clients away, where that is possible."""
+
+
+class Activation:
+    """One backend's state machine. All methods belong to the event loop's thread; only `stop` waits."""
+
+    def __init__(
+        self,
+        config: BackendConfig,
+        backend: Backend,
+        gate: Gate,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.gate = gate
+        self.state = State.STOPPED
+        self.endpoints: Mapping[str, Endpoint] = {}
+        self.backoff = Backoff()
+        self.wakes = 0
+        self.last_wake = ""
+        """who woke it last"""
+        self.last_error = ""
+        """why the last start failed, or how it died; empty after a good start"""
+        self.start_took = self.ready_took = 0.0
+        """seconds: until the driver had started it, and from there until it answered"""
+        self.quiet_since: float | None = 0.0
+        self.held_until: float | None = None
+        self._changed = changed
+        self._loop = asyncio.get_running_loop()
+        self.since = self._loop.time()
+        """when this state was entered"""
+        self.awake_since = self.since
+        self._life: asyncio.Task[None] | None = None
+        self._bringing_up: asyncio.Task[Mapping[str, Endpoint]] | None = None
+        self._poke: asyncio.Future[None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._wanted = False
+        self._refused = ""
+        self._ordered_stop = ""
+        self._retired = False
+
+    # What happens to it; cheap, at any moment
+
+    def wake(self, source: str) -> None:
+        """Somebody waits for it."""
+        self._wanted = True
+        if self._life is not None:
+            self._poked()
+        elif self._retry is None:
+            self.last_wake = source
+            delay = self.backoff.until - self._loop.time()
+            if delay > 0:
+                self._retry = self._loop.call_later(delay, self._begin)
+                log.info("waits %s before the next start", Duration(delay), extra=self._who)
+            else:
+                self._begin()
+
+    def busy(self) -> None:
+        """It has connections."""
+        self.quiet_since = None
+        self._poked()
+
+    def quiet(self, since: float) -> None:
+        """It has had no connection since then."""
+        self.quiet_since = since
+        self._poked()
+
+    def refused(self, error: str) -> None:
+        """It did not take a connection although it is ready; its gate is closed already."""
+        self._refused = error
+        self._poked()
+
+    def hold(self, seconds: float | None) -> None:
+        """Wake it and keep it awake for so long, None: until released."""
+        self.held_until = float("inf") if seconds is None else self._loop.time() + seconds
+        self.wake("held by hand")
+
+    def release(self) -> None:
+        self.held_until = None
+        self._poked()
+
+    def retire(self) -> None:
+        """Put it to sleep as soon as nobody uses it, whatever the policy says. Who waits already is still served."""
+        self._retired = True
+        self._poked()
+
+    def adjust(self, config: BackendConfig) -> None:
+        """Go on with other timeouts and another idle policy."""
+        self.config = config
+        self._poked()
+
+    async def stop(self, why: str) -> None:
+        """Stop it now, whoever uses it, and whatever it is doing; return when it is gone. The next client wakes it again."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        self._wanted = False
+        if self._life is None:
+            return
+        self._ordered_stop = why
+        if self._bringing_up is not None:
+            self._bringing_up.cancel()
+        self._poked()
+        await asyncio.shield(self._life)
+
+    async def adopt(self) -> None:
+        """At boot: take over what is already running."""
+        try:
+            status = await self.backend.status()
+        except BackendError as error:
+            log.warning("its status is unknown: %s", error, extra=self._who)
+            return
+        if status is not Status.STOPPED:
+            self.wake("found running")
+
+    # What it tells
+
+    @property
+    def asleep(self) -> bool:
+        return self._life is None
+
+    @property
+    def sleeps_at(self) -> float | None:
+        """When it will be put to sleep if nobody comes (loop time)."""
+        verdict = self._judge() if self.state is State.READY else None
+        return verdict.at if verdict else None
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        return {"backend": self.config.name}
+
+    # The life
+
+    def _begin(self) -> None:
+        self._retry = None
+        self._life = self._loop.create_task(self._live(), name=f"life of {self.config.name}")
+
+    async def _live(self) -> None:
+        """From STOPPED to STOPPED. Never raises: what is unexpected is logged, and the backend is stopped."""
+        self._ordered_stop = self._refused = ""
+        self._wanted = False
+        try:
+            self._to(Event.WAKE)
+            self.wakes += 1
+            while await self._bring_up():
+                death = self._loop.create_task(self.backend.wait(), name=f"death of {self.config.name}")
+                try:
+                    if not await self._serve(death):
+                        break
+                finally:
+                    death.cancel()
+        except Exception:
+            log.exception("unexpected error", extra=self._who)
+            await self._make_stopped()
+            self.backoff.failed(self._loop.time())
+            self.gate.reject("internal error")
+            self.state, self.since = State.STOPPED, self._loop.time()
+        finally:
+            self._life = None
+            self._changed()
+        if self._wanted:
+            self.wake(self.last_wake)  # a client came while it was stopping
+        else:
+            self.gate.arm()
+
+    async def _bring_up(self) -> bool:
+        """Start it unless it runs, wait until it answers, open the gate. On failure it is stopped again."""
+        begun = self._loop.time()
+        why = ""
+        self._bringing_up = self._loop.create_task(self._start_and_wait(), name=f"start of {self.config.name}")
+        try:
+            async with asyncio.timeout(self.config.start_timeout):
+                self.endpoints = await self._bringing_up
+        except TimeoutError:
+            why = f"start_timeout: not ready after {self.config.start_timeout}{self._trouble()}"
+        except asyncio.CancelledError:
+            if not self._ordered_stop:
+                raise
+            why = self._ordered_stop
+        except (BackendError, OSError) as error:
+            why = str(error)
+        finally:
+            self._bringing_up = None
+        if not why and self._ordered_stop:
+            why = self._ordered_stop
+        if why:
+            await self._give_up(why)
+            return False
+        self.last_error = ""
+        self.awake_since = self.quiet_since = self._loop.time()
+        self._wanted = False
+        self._to(Event.STARTED)
+        self.gate.open(self.endpoints)
+        log.info(
+            "awake: woken by %s; started in %s, ready %s later, %s in all",
+            self.last_wake, Duration(self.start_took), Duration(self.ready_took), Duration(self.awake_since - begun),
+            extra=self._who,
+        )  # fmt: skip
+        return True
+
+    async def _start_and_wait(self) -> Mapping[str, Endpoint]:
+        begun = self._loop.time()
+        status = await self.backend.status()
+        if status is Status.FROZEN:
+            await self.backend.thaw()
+        elif status is Status.STOPPED:
+            await self.backend.start(self.gate.sockets)
+        started = self._loop.time()
+        self.start_took = started - begun
+        endpoints = await self.backend.ready()
+        self.ready_took = self._loop.time() - started
+        return endpoints
+
+    async def _give_up(self, why: str) -> None:
+        await self._make_stopped()
+        self.last_error = why
+        if self._ordered_stop:
+            log.info("start given up: %s", why, extra=self._who)
+        else:
+            self.backoff.failed(self._loop.time())
+            delay = Duration(max(0.0, self.backoff.until - self._loop.time()))
+            log.error("start failed: %s; next try in %s at the earliest", why, delay, extra=self._who)
+        self._wanted = False
+        self.gate.reject(why)
+        self._to(Event.START_FAILED)
+
+    async def _serve(self, death: asyncio.Task[Exit]) -> bool:
+        """From READY until it sleeps or is dead (False), or has to be brought up again (True)."""
+        while True:
+            event = await self._attend(death)
+            if event is Event.FREEZE:
+                event = await self._freeze(death)
+            if event is Event.DIED:
+                await self._bury(death.result())
+                return False
+            if event is Event.SLEEP:
+                await self._sleep()
+                return False
+            if event is Event.REFUSED:
+                log.warning("does not answer any more: %s", self._refused, extra=self._who)
+                self._refused = ""
+                self._to(event)
+                return True
+
+    async def _attend(self, death: asyncio.Task[Exit]) -> Event:
+        """Wait, in READY, until something is to be done. After SLEEP and FREEZE the gate is closed."""
+        while not death.done():
+            if self._ordered_stop:
+                await self.gate.close()
+                return Event.SLEEP
+            if self._refused:
+                return Event.REFUSED
+            verdict = self._judge()
+            if not verdict.sleep:
+                await self._something(death, verdict.at)
+                continue
+            self._wanted = False
+            left = await self.gate.close()
+            if not left and not self._ordered_stop and not death.done():
+                return Event.FREEZE if self.config.idle.then is Then.FREEZE else Event.SLEEP
+            # Somebody came in between: open it again, nobody noticed.
+            self.gate.open(self.endpoints)
+            if self.quiet_since is not None:
+                self.quiet_since = self._loop.time()
+        return Event.DIED
+
+    async def _freeze(self, death: asyncio.Task[Exit]) -> Event:
+        """READY to FROZEN, and what ended that: WAKE (it is READY again), SLEEP or DIED."""
+        await self.backend.freeze()
+        self._to(Event.FREEZE)
+        self._wanted = False
+        log.info("frozen: %s", self._judge().why, extra=self._who)
+        self.gate.arm()
+        after = self.config.idle.stop_after
+        deadline = None if after is None else self._loop.time() + after
+        while not self._wanted and not death.done():
+            overdue = deadline is not None and self._loop.time() >= deadline
+            if overdue or self._ordered_stop or self._retired:
+                return Event.SLEEP
+            await self._something(death, deadline)
+        if death.done():
+            return Event.DIED
+        begun = self._loop.time()
+        await self.backend.thaw()
+        self.wakes += 1
+        self._wanted = False
+        self.quiet_since = self._loop.time()
+        self._to(Event.WAKE)
+        self.gate.open(self.endpoints)
+        log.info("awake: thawed in %s", Duration(self._loop.time() - begun), extra=self._who)
+        return Event.WAKE
+
+    async def _sleep(self) -> None:
+        """READY or FROZEN, with its gate closed, to STOPPED."""
+        begun = self._loop.time()
+        why = self._ordered_stop or self._judge().why
+        self._to(Event.SLEEP)
+        await self._make_stopped()
+        now = self._loop.time()
+        log.info(
+            "asleep: %s; stopped in %s, was awake for %s", why, Duration(now - begun), Duration(begun - self.awake_since),
+            extra=self._who,
+        )  # fmt: skip
+        self.backoff.reset()
+        self._to(Event.SLEPT)
+
+    async def _bury(self, exit: Exit) -> None:
+        """It ended by itself. Clean up after it; whoever comes now starts it again."""
+        uptime = self._loop.time() - self.awake_since
+        await self.gate.close()
+        await self._make_stopped()
+        clean = exit.code == 0
+        self.backoff.ended(self._loop.time(), uptime, clean)
+        if clean:
+            log.info("asleep: it ended by itself after %s", Duration(uptime), extra=self._who)
+        else:
+            self.last_error = f"died: {exit}"
+            lines = "".join(f"\n    {line}" for line in self.backend.output.tail(5))
+            log.warning("died after %s: %s%s", Duration(uptime), exit, lines, extra=self._who)
+        self._to(Event.DIED)
+
+    async def _make_stopped(self) -> None:
+        """Stop it, in whatever state it is."""
+        deadline = self.config.stop_grace + STOP_SLACK
+        try:
+            async with asyncio.timeout(deadline):
+                await self.backend.stop(self.config.stop_grace)
+        except TimeoutError:
+            log.error("stop_grace: it is not gone after %s; left alone", Duration(deadline), extra=self._who)
+        except (BackendError, OSError) as error:
+            log.error("could not be stopped: %s", error, extra=self._who)
+
+    # Small parts
+
+    def _to(self, event: Event) -> None:
+        self.state = transition(self.state, event)
+        self.since = self._loop.time()
+        self._changed()
+
+    def _judge(self) -> Verdict:
+        now, idle = self._loop.time(), self.config.idle
+        if self._retired:
+            return judge(0.0, 0.0, Signals(now, self.awake_since, self.quiet_since))
+        always_on = Capability.ALWAYS_ON in self.backend.capabilities
+        signals = Signals(now, self.awake_since, self.quiet_since, self.held_until)
+        return judge(None if always_on else idle.after, idle.min_uptime, signals)
+
+    def _trouble(self) -> str:
+        return f"; {self.backend.trouble}" if self.backend.trouble else ""
+
+    def _poked(self) -> None:
+        if self._poke is not None and not self._poke.done():
+            self._poke.set_result(None)
+
+    async def _something(self, death: asyncio.Task[Exit], deadline: float | None) -> None:
+        """Wait for its death, for a poke, or until the deadline (loop time)."""
+        self._poke = self._loop.create_future()
+        timeout = None if deadline is None or deadline == float("inf") else max(0.0, deadline - self._loop.time())
+        waiting: set[asyncio.Future[Any]] = {death, self._poke}
+        await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        self._poke = None

@@ -1,0 +1,226 @@
+"""The deliveries in which the backend speaks to the client itself: `pass` and `accept`.
+
+`pass`: the listening sockets are only watched; the first client wakes the backend, which is handed the sockets and accepts by
+itself. `accept`: each connection is accepted here and becomes the stdin and stdout of an instance of its own. Counterparts:
+`gateway.activation` (PassGate is one of its gates), systemd.socket(5) with Accept=no and Accept=yes. No byte of a
+client is seen here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from backends.base import Backend, BackendError, PassedSocket
+from backends.endpoint import Endpoint, of_socket
+from backends.units import Duration
+from gateway import diagnostics
+from gateway.config import BackendConfig
+
+log = logging.getLogger(__name__)
+
+SHORTEST_LOOK, LONGEST_LOOK = 0.2, 5.0
+"""Seconds between two looks at the connections of an awake backend; the kernel has no event for the last one's end."""
+
+CAPACITY_PAUSE = 0.05  # seconds without accepting when descriptors run out
+
+
+class PassGate:
+    """The gate of a backend that is handed its listening sockets."""
+
+    def __init__(
+        self,
+        sockets: Sequence[PassedSocket],
+        idle_after: float | None,
+        wake: Callable[[str], None],
+        busy: Callable[[], None],
+        quiet: Callable[[float], None],
+    ) -> None:
+        self.sockets = sockets
+        self._endpoints = [of_socket(passed.socket) for passed in sockets]
+        self.connections = 0
+        """as of the last look"""
+        self._wake, self._busy, self._quiet = wake, busy, quiet
+        self._loop = asyncio.get_running_loop()
+        self._armed = False
+        self._removed = False
+        self._looking: asyncio.Task[None] | None = None
+        self.adjust(idle_after)
+
+    def adjust(self, idle_after: float | None) -> None:
+        """The idle policy decides how closely its connections are looked at; without one, nobody looks."""
+        self._look_gap = None if idle_after is None else min(max(idle_after / 10, SHORTEST_LOOK), LONGEST_LOOK)
+
+    def arm(self) -> None:
+        if not self._armed and not self._removed:
+            self._armed = True
+            for passed, endpoint in zip(self.sockets, self._endpoints, strict=True):
+                self._loop.add_reader(passed.socket, self._knocked, endpoint)
+
+    def _disarm(self) -> None:
+        if self._armed:
+            self._armed = False
+            for passed in self.sockets:
+                self._loop.remove_reader(passed.socket)
+
+    def _knocked(self, endpoint: Endpoint) -> None:
+        self._disarm()  # the client stays in the backlog, the socket stays readable: one event is enough
+        self._wake(f"a client at {endpoint}")
+
+    def open(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self._disarm()
+        if self._looking is None:
+            self._looking = self._loop.create_task(self._look(), name="connections of handed-over sockets")
+
+    async def close(self) -> int:
+        """How many connections it has. The gate itself cannot be closed: the backend goes on accepting until it ends."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        return await self._count()
+
+    def reject(self, reason: str) -> None:
+        """Clients stay in the backlog: they are served when the backend starts after all."""
+
+    def remove(self) -> None:
+        """Watch for clients no more."""
+        self._disarm()
+        self._removed = True
+
+    async def _count(self) -> int:
+        self.connections = await asyncio.to_thread(diagnostics.connections, self._endpoints)
+        return self.connections
+
+    async def _look(self) -> None:
+        used = False
+        while self._look_gap is not None:
+            before = self._loop.time()
+            if bool(await self._count()) != used:
+                used = not used
+                if used:
+                    self._busy()
+                else:
+                    self._quiet(before)
+            await asyncio.sleep(self._look_gap)
+
+
+class Instances:
+    """The instances of one backend in delivery `accept`. At the limit, clients wait in the backlog."""
+
+    def __init__(
+        self, config: BackendConfig, backend: Backend, sockets: Sequence[PassedSocket], changed: Callable[[], None]
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.sockets = sockets
+        self._changed = changed
+        self.total = 0
+        self.last_wake = ""
+        self.last_error = ""
+        self._loop = asyncio.get_running_loop()
+        self._running: set[asyncio.Task[None]] = set()
+        self._accepting = False
+        self._pause: asyncio.TimerHandle | None = None
+        self._limit_told = False
+
+    @property
+    def count(self) -> int:
+        return len(self._running)
+
+    @property
+    def _who(self) -> dict[str, Any]:
+        return {"backend": self.config.name}
+
+    def listen(self) -> None:
+        """Accept from now on."""
+        self._pause = None
+        if not self._accepting:
+            self._accepting = True
+            for passed in self.sockets:
+                self._loop.add_reader(passed.socket, self._accept, passed.socket)
+
+    def unlisten(self) -> None:
+        """Accept no more; what runs goes on."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        if self._accepting:
+            self._accepting = False
+            for passed in self.sockets:
+                self._loop.remove_reader(passed.socket)
+
+    def _accept(self, listening: socket.socket) -> None:
+        try:
+            connection, peer = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            log.warning("accepting is paused: %s", error.strerror, extra=self._who)
+            self.unlisten()
+            self._pause = self._loop.call_later(CAPACITY_PAUSE, self.listen)
+            return
+        connection.setblocking(True)  # what a program expects of its stdin
+        self.total += 1
+        self.last_wake, environment = _peer(connection, peer)
+        task = self._loop.create_task(
+            self._serve(connection, environment, self.last_wake), name=f"{self.config.name} instance"
+        )
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        self._changed()
+        if len(self._running) >= self.config.limits.connections:
+            self.unlisten()
+            if not self._limit_told:
+                self._limit_told = True
+                log.warning("limits.connections: new clients wait in the backlog", extra=self._who)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._changed()
+        if self._limit_told and len(self._running) < self.config.limits.connections:
+            self._limit_told = False
+            self.listen()
+
+    async def _serve(self, connection: socket.socket, environment: Mapping[str, str], source: str) -> None:
+        begun = self._loop.time()
+        log.info("instance for %s starts", source, extra=self._who)
+        with connection:
+            try:
+                exit = await self.backend.serve(connection, environment)
+            except (BackendError, OSError) as error:
+                self.last_error = str(error)
+                log.error("instance for %s: %s", source, error, extra=self._who)
+                return
+            except Exception:
+                log.exception("unexpected error", extra=self._who)
+                return
+        log.info(
+            "instance for %s ended after %s: %s", source, Duration(self._loop.time() - begun), exit, extra=self._who
+        )
+
+    async def drained(self) -> None:
+        """Wait until no instance runs."""
+        while self._running:
+            await asyncio.wait(set(self._running))
+
+    async def stop(self) -> None:
+        """Kill all instances; return when they are gone."""
+        for task in self._running:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.drained()
+
+
+def _peer(connection: socket.socket, peer: Any) -> tuple[str, dict[str, str]]:
+    """Who it is, for people, and the environment that inetd's programs know (systemd.exec(5), Accept=yes)."""
+    if connection.family in (socket.AF_INET, socket.AF_INET6):
+        host = peer[0].removeprefix("::ffff:")
+        return f"{host}:{peer[1]}", {"REMOTE_ADDR": host, "REMOTE_PORT": str(peer[1])}
+    if connection.family == socket.AF_VSOCK:
+        return f"vsock {peer[0]}:{peer[1]}", {"REMOTE_ADDR": f"vsock:{peer[0]}", "REMOTE_PORT": str(peer[1])}
+    return (os.fsdecode(peer) or "a Unix client"), {}

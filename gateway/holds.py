@@ -1,0 +1,59 @@
+"""Holds outlive a restart of the gateway: they are kept in one small file of the state directory.
+
+Wall-clock time is right here: it is the only clock that two runs of the gateway share.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+log = logging.getLogger(__name__)
+
+
+class Holds:
+    """Backend name -> seconds since the epoch until which it is held; null in the file: until released."""
+
+    def __init__(self, directory: str) -> None:
+        self._path = Path(directory, "holds.json")
+        self._until: dict[str, float | None] = {}
+
+    def load(self) -> dict[str, float | None]:
+        """Read the file: backend name -> seconds that are left, None: until released. A broken file is said and ignored."""
+        try:
+            self._until = msgspec.json.decode(self._path.read_bytes(), type=dict[str, float | None])
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("holds are not restored: %s: %s", self._path, error)
+            return {}
+        now = _now()
+        self._until = {name: until for name, until in self._until.items() if until is None or until > now}
+        return {name: None if until is None else until - now for name, until in self._until.items()}
+
+    def set(self, name: str, seconds: float | None) -> None:
+        """Note a hold for so long; None: until released."""
+        self._until[name] = None if seconds is None else _now() + seconds
+        self._save()
+
+    def remove(self, name: str) -> None:
+        if self._until.pop(name, math.nan) is not math.nan:
+            self._save()
+
+    def _save(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = self._path.with_suffix(".new")
+            fresh.write_bytes(msgspec.json.encode(self._until))
+            os.replace(fresh, self._path)
+        except OSError as error:
+            log.warning("holds are not kept over a restart: %s", error)
+
+
+def _now() -> float:
+    return datetime.now(UTC).timestamp()

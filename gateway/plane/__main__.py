@@ -1,0 +1,3 @@
+from gateway.plane.worker import main
+
+main()

@@ -1,0 +1,194 @@
+"""Connects a client to a backend: a non-blocking connect with a deadline, and retries where the kernel wakes nobody.
+
+Counterpart: `gateway.plane.worker` asks for it and gets the connected socket or the reason why not. Nothing is read from the
+client before the connection stands, so a refused client can be parked again as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import select
+import socket
+from collections.abc import Callable
+from socket import SocketType as Socket
+from typing import Any, NamedTuple
+
+from backends.endpoint import Endpoint, Inet, Inherited, Tcp, VsockMux
+from gateway.plane.gate import Client
+from gateway.plane.loop import Loop, Timer
+
+CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+FIRST_RETRY = 0.002  # seconds
+LONGEST_RETRY = 0.05
+STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+Outcome = Callable[[Client, "Socket | None", str], None]
+"""Gets the client and the connected socket, or None and the reason."""
+
+
+class Target(NamedTuple):
+    """What is needed to dial an endpoint, worked out once, when the gate opens."""
+
+    family: int
+    address: Any
+    tcp: bool
+    near: bool
+    """on this machine"""
+    mux_port: int | None
+    """the guest's port to ask for, vsock-mux"""
+
+
+def target(endpoint: Endpoint) -> Target:
+    """Raises ValueError for an endpoint that no stream can be dialled to."""
+    if isinstance(endpoint, Inherited) or endpoint.type != socket.SOCK_STREAM:
+        raise ValueError(f"{endpoint} cannot be dialled")
+    near = isinstance(endpoint, Inet) and (endpoint.host.startswith("127.") or endpoint.host == "::1")
+    mux_port = endpoint.port if isinstance(endpoint, VsockMux) else None
+    return Target(endpoint.family, endpoint.sockaddr, isinstance(endpoint, Tcp), near, mux_port)
+
+
+def dial(loop: Loop, client: Client, where: Target, outcome: Outcome) -> None:
+    """Connect; on the same machine the outcome usually comes before this returns."""
+    sock, code = attempt(where)
+    if code == 0 and where.mux_port is None:
+        outcome(client, sock, "")
+    else:
+        Dial(loop, client, where, outcome).attempted(sock, code)
+
+
+def attempt(where: Target) -> tuple[Socket | None, int]:
+    """One connect(2): a socket and 0 (it stands) or EINPROGRESS, or no socket and the errno."""
+    try:
+        sock = Socket(where.family, STREAM)
+    except OSError as error:
+        return None, error.errno or errno.ENOBUFS
+    if where.tcp:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    code = sock.connect_ex(where.address)
+    if code == errno.EINPROGRESS and connected(sock):
+        code = 0
+    if code not in (0, errno.EINPROGRESS):
+        sock.close()
+        return None, code
+    return sock, code
+
+
+def connected(sock: Socket) -> bool:
+    """On loopback the handshake is over when connect(2) returns EINPROGRESS: one cheap look saves a turn of the loop."""
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+class Dial:
+    """A connect that did not succeed at once. Ends in exactly one outcome."""
+
+    __slots__ = ("asked", "client", "deadline", "gap", "loop", "outcome", "sock", "timer", "where")
+
+    def __init__(self, loop: Loop, client: Client, where: Target, outcome: Outcome) -> None:
+        self.loop = loop
+        self.client = client
+        self.where = where
+        self.outcome = outcome
+        self.sock: Socket | None = None
+        self.asked = False
+        self.deadline = loop.now() + client.gate.limits.connect_timeout
+        self.gap = FIRST_RETRY
+        self.timer: Timer | None = None
+
+    def attempted(self, sock: Socket | None, code: int) -> None:
+        if sock is None:
+            self._failed(code)
+        elif code == 0:
+            self._stands(sock)
+        else:
+            # On this machine only a full backlog makes the handshake wait, and the kernel would try again after a whole
+            # second: so dial anew after a moment.
+            self._watch(sock, select.EPOLLOUT, self._next_gap() if self.where.near else self._left())
+
+    def event(self, mask: int) -> None:
+        assert self.sock is not None
+        if self.asked:
+            self._read_answer(self.sock)
+            return
+        code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        sock = self._release()
+        if code == 0 and connected(sock):
+            self._stands(sock)
+        else:
+            self.loop.discard(sock)
+            self._failed(code or errno.ENOTCONN)
+
+    def abort(self) -> None:
+        self.loop.discard(self._release())
+        self.outcome(self.client, None, "internal error")
+
+    def _stands(self, sock: Socket) -> None:
+        if self.where.mux_port is None:
+            self.outcome(self.client, sock, "")
+            return
+        # vsock-mux: ask for the port, and wait for the line that says OK. The request fits any socket buffer.
+        self.asked = True
+        try:
+            sock.send(b"CONNECT %d\n" % self.where.mux_port)
+        except OSError as error:
+            sock.close()
+            self._failed(error.errno or 0)
+            return
+        self._watch(sock, select.EPOLLIN, self._left())
+
+    def _read_answer(self, sock: Socket) -> None:
+        """Take the line `OK <number>` and not a byte more: what follows belongs to the client."""
+        try:
+            seen = sock.recv(64, socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except OSError:
+            seen = b""
+        line, newline, _ = seen.partition(b"\n")
+        if newline and re.fullmatch(rb"OK \d+", line):
+            sock.recv(len(line) + 1)
+            self.outcome(self.client, self._release(), "")
+        elif newline or not seen or not b"OK ".startswith(seen[:3]) or len(seen) == 64:
+            self.loop.discard(self._release())
+            self.outcome(self.client, None, "the vsock multiplexer did not answer OK")
+
+    def _failed(self, code: int) -> None:
+        """Full backlogs and a lack of descriptors pass; nobody wakes us then, so a timer does."""
+        if code in CAPACITY_ERRORS or (code == errno.EAGAIN and self.where.family == socket.AF_UNIX):
+            self.timer = self.loop.later(min(self._next_gap(), self._left()), self._retry)
+        else:
+            self.outcome(self.client, None, os.strerror(code))
+
+    def _retry(self) -> None:
+        if self.sock is not None:
+            self.loop.discard(self._release())
+        if self._left() <= 0:
+            self.outcome(self.client, None, "limits.connect_timeout")
+        else:
+            self.asked = False
+            self.attempted(*attempt(self.where))
+
+    def _watch(self, sock: Socket, mask: int, patience: float) -> None:
+        self.sock = sock
+        self.loop.add(sock.fileno(), self, mask)
+        self.timer = self.loop.later(patience, self._retry)
+
+    def _release(self) -> Socket:
+        sock, self.sock = self.sock, None
+        assert sock is not None
+        if self.timer is not None:
+            self.timer.cancel()
+        self.loop.remove(sock.fileno())
+        return sock
+
+    def _next_gap(self) -> float:
+        gap, self.gap = self.gap, min(2 * self.gap, LONGEST_RETRY)
+        return min(gap, self._left())
+
+    def _left(self) -> float:
+        return max(0.0, self.deadline - self.loop.now())

@@ -1,0 +1,261 @@
+"""The gate of one backend in one worker: open with endpoints, or closed with clients parked before it.
+
+Counterpart: `gateway.activation` orders it open and closed; `gateway.plane.worker` leads clients to it. The gate counts and
+tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Callable
+from socket import SocketType as Socket
+from typing import Any
+
+from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Tally, Wake
+from gateway.plane.loop import Loop
+from gateway.plane.relay import End, cut
+
+SETTLE = 0.1
+"""Seconds that a gate must be quiet before it is said, so that short connections in a row cost the control plane nothing."""
+
+LIMIT_LOG_GAP = 1.0
+"""Seconds between two reports of one limit."""
+
+
+class Client:
+    """An accepted connection that is not relayed yet. Parked, it waits for nothing but being hung up."""
+
+    __slots__ = ("deadline", "fd", "gate", "listener", "peer", "registered", "sock", "tries")
+
+    def __init__(self, gate: Gate, listener: str, sock: Socket, peer: Any) -> None:
+        self.gate = gate
+        self.listener = listener
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer = peer
+        self.registered = False
+        self.tries = 0
+        self.deadline = 0.0
+
+    def event(self, mask: int) -> None:
+        # Only HUP and ERR come here (see park): both directions are gone. A client that merely ended its sending waits
+        # for an answer and is served.
+        if mask & (select.EPOLLHUP | select.EPOLLERR):
+            self.gate.parked.pop(self.fd, None)
+            self.gate.loop.discard(self.sock)
+
+    def abort(self) -> None:
+        self.gate.parked.pop(self.fd, None)
+        self.gate.loop.discard(self.sock)
+
+    @property
+    def source(self) -> str:
+        """Who it is, for people."""
+        if self.sock.family in (socket.AF_INET, socket.AF_INET6):
+            host, port = self.peer[:2]
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if self.sock.family == socket.AF_UNIX:
+            try:
+                pid, uid, _ = struct.unpack("iII", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            except OSError:
+                return "unix"
+            return f"pid {pid} uid {uid}"
+        return f"vsock {self.peer[0]}:{self.peer[1]}"
+
+
+class Gate:
+    """See the module. `tell` sends a message to the control plane."""
+
+    __slots__ = (
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "endpoints", "forgotten",
+        "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
+    )  # fmt: skip
+
+    def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
+        self.loop = loop
+        self.limits = limits
+        self.tell = tell
+        self.settling = settling
+        self.endpoints: dict[str, Any] | None = None
+        self.parked: dict[int, Client] = {}
+        self.connections = 0
+        self.total = self.received = self.sent = self.refused = 0
+        self.quiet_since = 0.0
+        self.forgotten = False
+        self._told_busy = False
+        self._woke = False
+        self._idle: dict[End, tuple[int, float]] = {}
+        self._sweep = False
+        self._limited: dict[str, tuple[int, str]] | None = None
+        self._limited_timer = False
+
+    @property
+    def number(self) -> int:
+        return self.limits.backend
+
+    # Clients
+
+    def park(self, client: Client) -> None:
+        """Keep the client unread until the gate opens; the first one wakes the backend."""
+        if len(self.parked) >= self.limits.pending:
+            self.turn_away(client, "limits.pending")
+            return
+        self.parked[client.fd] = client
+        if client.registered:
+            self.loop.modify(client.fd, select.EPOLLET)
+        else:
+            self.loop.add(client.fd, client, select.EPOLLET)
+            client.registered = True
+        if self.endpoints is None and not self._woke:
+            self._woke = True
+            self.tell(Wake(self.number, client.source))
+
+    def turn_away(self, client: Client, limit: str) -> None:
+        """Close a client because of a limit, which is named in the log."""
+        self.refused += 1
+        self.limited(limit, client.source)
+        self.loop.discard(client.sock)
+
+    def limited(self, limit: str, source: str) -> None:
+        """Say that a limit cut; the first time at once, then once for many."""
+        if self._limited_timer:
+            assert self._limited is not None
+            count, _ = self._limited.get(limit, (0, ""))
+            self._limited[limit] = (count + 1, source)
+            return
+        self.tell(Limited(self.number, limit, 1, source))
+        self._limited = {}
+        self._limited_timer = True
+        self.loop.later(LIMIT_LOG_GAP, self._tell_limited)
+
+    def _tell_limited(self) -> None:
+        self._limited_timer = False
+        limited, self._limited = self._limited or {}, None
+        for limit, (count, source) in limited.items():
+            self.tell(Limited(self.number, limit, count, source))
+
+    # Orders
+
+    def open(self, endpoints: dict[str, Any]) -> list[Client]:
+        """Open it; the caller connects the clients that were parked, first come first."""
+        self.endpoints = endpoints
+        self._woke = False
+        waiting = list(self.parked.values())
+        self.parked.clear()
+        return waiting
+
+    def close(self) -> None:
+        self.endpoints = None
+
+    def reject(self) -> None:
+        """The start failed: close who is parked; the next client wakes anew."""
+        self._woke = False
+        parked, self.parked = self.parked, {}
+        for client in parked.values():
+            self.loop.discard(client.sock)
+
+    def cut(self) -> None:
+        """Close everything that is parked or relayed here."""
+        self.reject()
+        for end in self.live():
+            cut(end)
+
+    def live(self) -> list[End]:
+        """The client side of each relayed connection. Looks through the table: for rare use."""
+        return [end for end in self.loop.table.values() if isinstance(end, End) and end.owner is self and end.client]
+
+    # Counts
+
+    def enter(self) -> None:
+        """A connection begins: from its dial on."""
+        self.connections += 1
+        self.total += 1
+        if self.connections == 1:
+            self.settling.discard(self)
+            if not self._told_busy:
+                self._told_busy = True
+                self.tell(Busy(self.number))
+            if self.limits.idle_timeout:
+                self._arm_sweep()
+
+    def leave(self) -> None:
+        """A connection is over, or was never made."""
+        self.connections -= 1
+        if not self.connections:
+            self.quiet_since = self.loop.now()
+            self.settling.add(self)
+
+    def ended(self, end: End) -> None:
+        """The relay is done with a pair (called by the relay, once)."""
+        self.received += end.moved
+        self.sent += end.peer_moved
+        if self._idle:
+            self._idle.pop(end, None)
+        self.leave()
+
+    def say_quiet(self) -> None:
+        """Nobody came back for a while."""
+        if self._told_busy:
+            self._told_busy = False
+            self.tell(Quiet(self.number, self.quiet_since))
+
+    def tally(self) -> Tally:
+        live = self.live() if self.connections else []
+        received = self.received + sum(end.moved for end in live)
+        sent = self.sent + sum(end.peer_moved for end in live)
+        return Tally(self.number, self.connections, len(self.parked), self.total, received, sent, self.refused)
+
+    # limits.idle_timeout: no timestamp is taken in the data path; a sweep compares what was moved.
+
+    def _arm_sweep(self) -> None:
+        if not self._sweep:
+            self._sweep = True
+            self.loop.later(self.limits.idle_timeout / 4, self._cut_idle)
+
+    def _cut_idle(self) -> None:
+        self._sweep = False
+        now = self.loop.now()
+        for end in self.live():
+            moved = end.moved + end.peer_moved
+            before, since = self._idle.get(end, (-1, now))
+            if moved != before:
+                self._idle[end] = (moved, now)
+            elif self.limits.idle_timeout and now - since >= self.limits.idle_timeout:
+                self.limited("limits.idle_timeout", "")
+                cut(end)
+        if self.connections and self.limits.idle_timeout:
+            self._arm_sweep()
+        else:
+            self._idle.clear()
+
+
+class Settling:
+    """The gates that lost their last connection a moment ago. Its timer runs only while there are some."""
+
+    def __init__(self, loop: Loop, settled: Callable[[Gate], None]) -> None:
+        self.loop = loop
+        self.settled = settled
+        self._gates: set[Gate] = set()
+        self._armed = False
+
+    def add(self, gate: Gate) -> None:
+        self._gates.add(gate)
+        if not self._armed:
+            self._armed = True
+            self.loop.later(SETTLE, self._look)
+
+    def discard(self, gate: Gate) -> None:
+        self._gates.discard(gate)
+
+    def _look(self) -> None:
+        self._armed = False
+        latest = self.loop.now() - SETTLE
+        for gate in list(self._gates):
+            if gate.quiet_since <= latest:
+                self._gates.discard(gate)
+                self.settled(gate)
+        if self._gates and not self._armed:
+            self._armed = True
+            self.loop.later(SETTLE, self._look)

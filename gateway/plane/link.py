@@ -1,0 +1,269 @@
+"""The messages between the two planes, and the socket that carries them.
+
+Both sides use this file: the control plane (`gateway.workers`) says what is served and which gates are open; a worker
+(`gateway.plane.worker`) says who waits and what is in use. A datagram of the SEQPACKET socket is one msgpack array of
+messages; descriptors travel beside it by SCM_RIGHTS, one for each `Listen` in it, in order. Nothing here waits: what the
+socket does not take is queued, and the owner calls `flush` when it is writable.
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+VERSION = 1
+"""Changes with every change of a message. A worker that speaks another version gets no orders."""
+
+LARGEST = 128 << 10  # bytes in a datagram; the default send buffer of Linux takes 208 KiB
+MOST_FDS = 250  # in a datagram; the kernel takes 253 (SCM_MAX_FD)
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages. Backends and listeners are numbers that the control plane gives out."""
+
+
+# The control plane says:
+
+
+class Serve(Message, frozen=True):
+    """There is this backend; its gate is closed. For a known number: only the limits change."""
+
+    backend: int
+    name: str
+    connections: int
+    pending: int
+    connect_timeout: float
+    """seconds"""
+    idle_timeout: float
+    """seconds; 0: never"""
+
+
+class Listen(Message, frozen=True):
+    """Accept on the descriptor that comes along, for this backend."""
+
+    listener: int
+    backend: int
+    name: str
+    """the listener's own name: which of the backend's endpoints is meant"""
+
+
+class Unlisten(Message, frozen=True):
+    """Stop accepting there. What it accepted lives on."""
+
+    listener: int
+    accept_waiting: bool
+    """take the clients that are in the backlog now; not when somebody else goes on accepting there"""
+
+
+class Open(Message, frozen=True):
+    """The backend answers at these endpoints (listener name -> address; `""` for the others). Let clients through."""
+
+    backend: int
+    endpoints: dict[str, str]
+
+
+class Close(Message, frozen=True):
+    """Park new clients from now on; answer with Closed."""
+
+    backend: int
+
+
+class Reject(Message, frozen=True):
+    """The backend could not be started: close the clients that are parked. The gate stays closed."""
+
+    backend: int
+    reason: str
+
+
+class Cut(Message, frozen=True):
+    """Close every connection and parked client of the backend now."""
+
+    backend: int
+    reason: str
+
+
+class Forget(Message, frozen=True):
+    """The backend is no longer configured: when its last connection is gone, nothing of it is kept."""
+
+    backend: int
+
+
+class Count(Message, frozen=True):
+    """Answer with Counted."""
+
+    serial: int
+
+
+class Quit(Message, frozen=True):
+    """End now."""
+
+
+# A worker says:
+
+
+class Hello(Message, frozen=True):
+    """The first message on a link."""
+
+    version: int
+    pid: int
+
+
+class Wake(Message, frozen=True):
+    """A client is parked at this closed gate. Said once until the gate opens or its clients are rejected."""
+
+    backend: int
+    source: str
+    """who it is, for the log"""
+
+
+class Busy(Message, frozen=True):
+    """It has connections, after Quiet or after it was opened."""
+
+    backend: int
+
+
+class Quiet(Message, frozen=True):
+    """It has had no connection since then (CLOCK_MONOTONIC, seconds)."""
+
+    backend: int
+    since: float
+
+
+class Closed(Message, frozen=True):
+    """The gate is closed and so many connections are left."""
+
+    backend: int
+    connections: int
+
+
+class Refused(Message, frozen=True):
+    """Nobody answers at the endpoint of an open gate. The worker has closed the gate; the client is parked."""
+
+    backend: int
+    error: str
+
+
+class Tally(msgspec.Struct, frozen=True, array_like=True):
+    """The counters of one backend in one worker."""
+
+    backend: int
+    connections: int
+    parked: int
+    total: int
+    """connections since the worker started"""
+    received: int
+    """bytes from clients, of finished and live connections"""
+    sent: int
+    """bytes to clients"""
+    refused: int
+    """clients that a limit turned away"""
+
+
+class Counted(Message, frozen=True):
+    """Counters of the backends that were ever used; the last message of an answer has `more` False."""
+
+    serial: int
+    tallies: list[Tally]
+    more: bool = False
+
+
+class Limited(Message, frozen=True):
+    """A limit turned clients away or cut connections. Said at most once a second for each limit of a backend."""
+
+    backend: int
+    limit: str
+    """the name of the limit in the configuration"""
+    count: int
+    source: str
+    """the last client"""
+
+
+class Trouble(Message, frozen=True):
+    """Something for the log that is nobody's limit: no descriptors left, an unexpected error."""
+
+    text: str
+
+
+AnyMessage = (
+    Serve | Listen | Unlisten | Open | Close | Reject | Cut | Forget | Count | Quit
+    | Hello | Wake | Busy | Quiet | Closed | Refused | Counted | Limited | Trouble
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[AnyMessage])
+
+
+class LinkClosed(Exception):
+    """The other side is gone."""
+
+
+class Link:
+    """One end of the link. Owns its socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.socket = sock
+        self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    @property
+    def pending(self) -> bool:
+        """Whether something waits for the socket to become writable."""
+        return bool(self._queue)
+
+    def send(self, *messages: Message, fds: Sequence[int] = ()) -> None:
+        """Send messages in one datagram, or queue them. The descriptors must stay open until `pending` is False.
+
+        Raises LinkClosed.
+        """
+        self._queue.append((_encoder.encode(messages), fds))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the socket takes it. Raises LinkClosed."""
+        while self._queue:
+            data, fds = self._queue[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+            try:
+                self.socket.sendmsg([data], rights)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise LinkClosed(str(error)) from error
+            self._queue.popleft()
+
+    def receive(self) -> tuple[list[Any], list[int]] | None:
+        """The messages of one datagram and its descriptors, which the caller owns; None when there is none now.
+
+        Raises LinkClosed at the end, and for a datagram that is not understood.
+        """
+        try:
+            data, rights, flags, _ = self.socket.recvmsg(
+                LARGEST, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise LinkClosed(str(error)) from error
+        fds = array.array("i")
+        for level, kind, body in rights:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
+        if not data:
+            raise LinkClosed("end of file")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise LinkClosed("a message was cut off")
+        try:
+            return _decoder.decode(data), list(fds)
+        except msgspec.MsgspecError as error:
+            raise LinkClosed(f"a message was not understood: {error}") from error
+
+    def close(self) -> None:
+        self.socket.close()

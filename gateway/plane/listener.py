@@ -1,0 +1,90 @@
+"""Accepts connections: in batches, through lacks of descriptors and memory, past clients that are gone already.
+
+Counterpart: the control plane binds the socket (`gateway.listeners`) and keeps a copy; `gateway.plane.worker` gets what
+is accepted. Decides nothing about a connection.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections.abc import Callable
+from socket import SocketType as Socket
+
+from gateway.plane.dial import CAPACITY_ERRORS
+from gateway.plane.gate import Client, Gate
+from gateway.plane.loop import Loop
+
+BATCH = 64  # measured: below 8 new connections get slower, above 64 nothing is gained
+CAPACITY_PAUSE = 0.05  # seconds without accepting when descriptors or memory run out
+
+ABORTED = (ConnectionAbortedError, InterruptedError, PermissionError, TimeoutError, ConnectionResetError)
+"""The client is gone, or a firewall rule said no (accept(2)): nothing is wrong with the listener."""
+
+
+class Listener:
+    """One listening socket of this worker. Owns its descriptor."""
+
+    __slots__ = ("_accept", "_family", "admit", "gate", "loop", "name", "paused", "sock", "trouble")
+
+    def __init__(
+        self,
+        loop: Loop,
+        fd: int,
+        gate: Gate,
+        name: str,
+        admit: Callable[[Client], None],
+        trouble: Callable[[str], None],
+    ) -> None:
+        self.loop = loop
+        self.sock = socket.socket(fileno=fd)
+        self.gate = gate
+        self.name = name
+        self.admit = admit
+        self.trouble = trouble
+        self.paused = False
+        self._accept = self.sock._accept  # type: ignore[attr-defined]  # without making a Python-level socket each time
+        self._family = self.sock.family
+        # Level triggered: what a full batch leaves is reported again.
+        loop.add(fd, self, select.EPOLLIN)
+
+    def event(self, mask: int) -> None:
+        self._accept_batch()
+
+    def _accept_batch(self) -> bool:
+        """Whether there may be more."""
+        accept, family, gate, name, admit = self._accept, self._family, self.gate, self.name, self.admit
+        for _ in range(BATCH):
+            try:
+                fd, peer = accept()
+            except BlockingIOError:
+                return False
+            except ABORTED:
+                continue
+            except OSError as error:
+                if error.errno not in CAPACITY_ERRORS:
+                    raise
+                self._pause(error)
+                return False
+            os.set_blocking(fd, False)
+            admit(Client(gate, name, Socket(family, socket.SOCK_STREAM, 0, fd), peer))
+        return True
+
+    def _pause(self, error: OSError) -> None:
+        """Waiting clients stay in the backlog; level-triggered readiness would spin meanwhile."""
+        self.paused = True
+        self.loop.modify(self.sock.fileno(), 0)
+        self.loop.later(CAPACITY_PAUSE, self._resume)
+        self.trouble(f"accepting is paused: {error.strerror}")
+
+    def _resume(self) -> None:
+        self.paused = False
+        if self.sock.fileno() >= 0:
+            self.loop.modify(self.sock.fileno(), select.EPOLLIN)
+
+    def close(self, accept_waiting: bool) -> None:
+        """Stop accepting. Clients in the backlog come in first, or are left to whoever else has the socket."""
+        while accept_waiting and self._accept_batch():
+            pass
+        self.loop.discard(self.sock)

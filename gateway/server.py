@@ -1,0 +1,352 @@
+"""The gateway as a whole: which backends there are, and how their lives begin, change and end.
+
+    load the configuration -> bind every socket -> start the workers -> tell them what to serve
+    a client waits         -> its backend's activation wakes               (gateway.activation)
+    reload                 -> what changed is drained and replaced, what did not is not touched
+    SIGTERM                -> listeners close, connections get `gateway.drain`, backends stop
+
+This is the only module that knows all the others. It handles no connection: that is `gateway.plane.worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from backends.base import Capability, Shared
+from gateway import __version__
+from gateway.admin import Admin
+from gateway.config import BackendConfig, Config, Listener
+from gateway.holds import Holds
+from gateway.listeners import Listeners, Listening
+from gateway.notify import Notifier, inherited_sockets
+from gateway.service import Environment, Service
+from gateway.status import GatewayStatus, StateChange
+from gateway.workers import Workers
+
+log = logging.getLogger(__name__)
+
+
+class UnknownBackend(LookupError):
+    """There is no backend of this name."""
+
+
+class Server:
+    """`read` loads the configuration anew, for a reload; it is called in a thread."""
+
+    def __init__(self, config: Config, read: Callable[[], Config]) -> None:
+        self.config = config
+        self.read = read
+        self.services: dict[str, Service] = {}
+        self.numbers: dict[int, Service] = {}
+        """every service that still lives, also those that are being drained"""
+        self.awake: set[int] = set()
+        self.loop = asyncio.get_running_loop()
+        self.started = self.loop.time()
+        self.notifier = Notifier()
+        self.listeners = Listeners(inherited_sockets())
+        self.workers = Workers(self)
+        self.shared = Shared()
+        self.holds = Holds(config.gateway.state_directory)
+        self.admin = Admin(self, config.gateway.admin)
+        self.environment = Environment(self.workers, self.listeners, self.shared, self.changed)
+        self.stopping = False
+        self._next_number = 0
+        self._signals = 0
+        self._signalled = asyncio.Event()
+        self._news = asyncio.Event()
+        self._watchers: set[asyncio.Queue[StateChange]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._reloading = asyncio.Lock()
+
+    async def run(self) -> int:
+        """Serve until a signal says stop. Returns the exit status. Raises ListenError when a socket cannot be had."""
+        _raise_descriptor_limit()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.loop.add_signal_handler(number, self._on_stop_signal)
+        self.loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
+        try:
+            await self._begin()
+            await self._signalled.wait()
+            await self._drain()
+        finally:
+            await self._end()
+        return 0
+
+    async def _begin(self) -> None:
+        await self.admin.start()
+        sockets = self._open_listeners(self.config.backends.values(), {})
+        await self.workers.start()
+        for config in self.config.backends.values():
+            self._add(config, sockets[config.name])
+        for unused in self.listeners.unused:
+            log.warning("inherited socket %s belongs to no listener", unused)
+        self.notifier.ready()
+        self._tell_status()
+        log.info("%d backends asleep, listening; pid %d", len(self.services), os.getpid())
+        for service in list(self.services.values()):
+            if service.activation and Capability.ADOPT in service.backend.capabilities:
+                self.spawn(service.activation.adopt(), f"adoption of {service.name}")
+        for name, seconds in self.holds.load().items():
+            if name in self.services and self.services[name].activation:
+                self.hold(name, seconds)
+
+    async def _drain(self) -> None:
+        """Close the doors, let live connections end, for at most `gateway.drain` or until a second signal."""
+        self.notifier.stopping()
+        drain = self.config.gateway.drain
+        log.info("stopping; live connections have %s", drain)
+        for service in self.numbers.values():
+            service.unlisten()
+            service.retire()
+        impatient = self.loop.create_task(self._second_signal(), name="second signal")
+        quiet = self.loop.create_task(self.until(lambda: all(s.asleep for s in self.numbers.values())), name="drain")
+        _, left = await asyncio.wait({impatient, quiet}, timeout=drain, return_when=asyncio.FIRST_COMPLETED)
+        if quiet in left:
+            busy = [service.name for service in self.numbers.values() if not service.asleep]
+            why = "second signal" if impatient.done() else "gateway.drain"
+            log.warning("%s: cutting the connections of %s", why, ", ".join(busy))
+        for task in left:
+            task.cancel()
+
+    async def _end(self) -> None:
+        """Stop whatever still runs; nothing is left. Comes here also when the start failed half-way."""
+        self.stopping = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(service.stop("the gateway stops") for service in list(self.numbers.values())))
+        await self.admin.stop()
+        await self.workers.stop()
+        await self.shared.close()
+        self.listeners.close_inherited()
+        self.notifier.close()
+        log.info("stopped")
+
+    # Backends come, change and go
+
+    def _open_listeners(
+        self, configs: Sequence[BackendConfig] | Any, held: Mapping[str, Listening]
+    ) -> dict[str, list[Listening]]:
+        """The sockets of these backends; `held` are open ones, by address. All or nothing: raises ListenError."""
+        opened: list[Listening] = []
+        result: dict[str, list[Listening]] = {}
+        try:
+            for config in configs:
+                sockets = result[config.name] = []
+                for listener in config.listeners:
+                    listening = held.get(_key(listener))
+                    if listening is None:
+                        listening = self.listeners.open(listener)
+                        opened.append(listening)
+                    sockets.append(listening)
+        except BaseException:
+            for listening in opened:
+                self.listeners.close(listening)
+            raise
+        return result
+
+    def _add(
+        self, config: BackendConfig, sockets: list[Listening], predecessor: asyncio.Task[None] | None = None
+    ) -> None:
+        self._next_number += 1
+        service = Service(self._next_number, config, sockets, self.environment, predecessor)
+        self.services[config.name] = self.numbers[service.number] = service
+        service.listen()
+
+    async def reload(self) -> str:
+        """Read the configuration again and bring about what it says; one line about what was done.
+
+        Raises ConfigError or ListenError, and then nothing has changed.
+        """
+        async with self._reloading:
+            self.notifier.reloading()
+            try:
+                config = await asyncio.to_thread(self.read)
+                return self._apply(config)
+            finally:
+                self.notifier.ready()
+
+    def _apply(self, config: Config) -> str:
+        old, new = self.services, config.backends
+        replaced = {name for name in old if name not in new or not old[name].can_become(new[name])}
+        adjusted = {name for name in old if name not in replaced and old[name].config != new[name]}
+        fresh = [config for name, config in new.items() if name not in old or name in replaced]
+        held = {_key(listening.listener): listening for name in replaced for listening in old[name].sockets}
+        sockets = self._open_listeners(fresh, held)
+
+        moved = {id(listening) for listenings in sockets.values() for listening in listenings}
+        drains = {}
+        for name in replaced:
+            service = self.services.pop(name)
+            service.unlisten(keep=moved)
+            drains[name] = self.spawn(self._drain_service(service), f"drain of {name}")
+        for name in adjusted:
+            self.services[name].adjust(new[name])
+        for added in fresh:
+            self._add(added, sockets[added.name], drains.get(added.name))
+        if config.gateway != self.config.gateway:
+            log.warning("changes under `gateway` need a restart")
+        self.config = config
+        removed = sum(name not in new for name in replaced)
+        changed = len(replaced) - removed + len(adjusted)
+        added_count = len(fresh) - (len(replaced) - removed)
+        summary = f"reloaded: {added_count} added, {changed} changed, {removed} removed, {len(new)} backends in all"
+        log.info("%s", summary)
+        self._tell_status()
+        return summary
+
+    async def _drain_service(self, service: Service) -> None:
+        """A service that is not configured any more, or differently: let its connections end, then stop it."""
+        service.retire()
+        try:
+            async with asyncio.timeout(self.config.gateway.drain):
+                await self.until(lambda: service.asleep)
+        except TimeoutError:
+            log.warning("gateway.drain: cutting its connections", extra={"backend": service.name})
+        finally:
+            await service.stop("it was removed or changed in the configuration")
+            self.numbers.pop(service.number, None)
+
+    # What the workers report
+
+    def wake(self, backend: int, source: str) -> None:
+        service = self.numbers.get(backend)
+        if service is not None and not self.stopping:
+            service.wake(source)
+
+    def busy(self, backend: int) -> None:
+        service = self.numbers.get(backend)
+        if service is not None and service.activation:
+            service.activation.busy()
+
+    def quiet(self, backend: int, since: float) -> None:
+        service = self.numbers.get(backend)
+        if service is not None and service.activation:
+            service.activation.quiet(since)
+
+    def refused(self, backend: int, error: str) -> None:
+        self.workers.refused(backend)
+        service = self.numbers.get(backend)
+        if service is not None and service.activation:
+            service.activation.refused(error)
+
+    def limited(self, backend: int, limit: str, count: int, source: str) -> None:
+        service = self.numbers.get(backend)
+        if service is not None:
+            many = f"{count} clients, the last was " if count > 1 else ""
+            log.warning("%s: cut %s%s", limit, many, source, extra={"backend": service.name})
+
+    # What the commands ask (gateway.admin)
+
+    def find(self, name: str) -> Service:
+        """Raises UnknownBackend."""
+        try:
+            return self.services[name]
+        except KeyError:
+            raise UnknownBackend(name) from None
+
+    def hold(self, name: str, seconds: float | None) -> None:
+        """Wake it and keep it awake for so many seconds; None: until released."""
+        self.find(name).lives().hold(seconds)
+        self.holds.set(name, seconds)
+
+    def release(self, name: str) -> None:
+        self.find(name).lives().release()
+        self.holds.remove(name)
+
+    async def status(self, names: Sequence[str] | None = None) -> GatewayStatus:
+        """Everything about these backends, or all."""
+        services = list(self.services.values()) if names is None else [self.find(name) for name in names]
+        tallies = await self.workers.count()
+        rows = await asyncio.gather(*(service.status(tallies.get(service.number)) for service in services))
+        awake = sum(not service.asleep for service in self.services.values())
+        return GatewayStatus(
+            __version__, os.getpid(), self.workers.pids, self.loop.time() - self.started,
+            len(self.services) - awake, awake, list(rows),
+        )  # fmt: skip
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something about the backends is true. Looks whenever a state changed."""
+        while not condition():
+            await self._news.wait()
+
+    def watch(self, queue: asyncio.Queue[StateChange]) -> Callable[[], None]:
+        """Put each change of a state into the queue, while there is room, until the returned function is called."""
+        self._watchers.add(queue)
+        return lambda: self._watchers.discard(queue)
+
+    # Small parts
+
+    def changed(self, service: Service) -> None:
+        """The state of a service changed."""
+        self._tell_news()
+        before = len(self.awake)
+        if service.asleep:
+            self.awake.discard(service.number)
+        else:
+            self.awake.add(service.number)
+        if len(self.awake) != before:
+            self._tell_status()
+        change = service.change()
+        for queue in self._watchers:
+            if not queue.full():
+                queue.put_nowait(change)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Run something beside; an unexpected error is logged. What still runs at the end is cancelled."""
+        task = self.loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._spawned)
+        return task
+
+    def _spawned(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("unexpected error in %s", task.get_name(), exc_info=task.exception())
+
+    def _tell_status(self) -> None:
+        awake = len(self.awake)
+        self.notifier.status(f"{len(self.services) - awake} asleep, {awake} awake")
+
+    def _on_stop_signal(self) -> None:
+        self._signals += 1
+        self._signalled.set()
+        self._tell_news()
+
+    async def _second_signal(self) -> None:
+        await self.until(lambda: self._signals > 1)
+
+    def _tell_news(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def _on_reload_signal(self) -> None:
+        self.spawn(self._reload_and_log(), "reload")
+
+    async def _reload_and_log(self) -> None:
+        try:
+            await self.reload()
+        except Exception as error:
+            log.error("nothing was reloaded: %s", error)
+
+
+def _key(listener: Listener) -> str:
+    """Two listeners of the same address, whatever their names, are one socket."""
+    return str(listener.endpoint)
+
+
+def _raise_descriptor_limit() -> None:
+    """Each sleeping backend costs a descriptor for each of its sockets: take what the system gives."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def serve(config: Config, read: Callable[[], Config]) -> int:
+    """Run a gateway until it is told to stop; returns its exit status."""
+    return await Server(config, read).run()

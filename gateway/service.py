@@ -1,0 +1,261 @@
+"""One configured backend in operation: its driver, its listening sockets, and what brings them together.
+
+For the deliveries `relay` and `pass` that is an activation and its gate, for `accept` the instances. Counterpart:
+`gateway.server` makes services and lets them go; everything that differs by delivery is decided here, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import msgspec
+
+from backends import load
+from backends.base import BackendError, PassedSocket, Setup, Shared, Usage
+from gateway.activation import Activation, State
+from gateway.config import BackendConfig, Delivery
+from gateway.handover import Instances, PassGate
+from gateway.listeners import Listeners, Listening
+from gateway.plane.link import Tally
+from gateway.status import BackendStatus, StateChange
+from gateway.workers import RelayGate, Workers
+
+log = logging.getLogger(__name__)
+
+USAGE_DEADLINE = 1.0
+"""Seconds that a driver may take to say what its backend uses; then the status is shown without."""
+
+
+class NoLife(ValueError):
+    """This backend has no life of its own: one instance runs per connection."""
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What services need of the gateway."""
+
+    workers: Workers
+    listeners: Listeners
+    shared: Shared
+    changed: Callable[[Service], None]
+    """called whenever something that `change` tells has changed"""
+
+
+class Service:
+    """`predecessor` is the drain of the service that this one replaces: it starts nothing before that is done."""
+
+    __slots__ = (
+        "_gate", "_numbers", "activation", "backend", "config", "environment", "instances", "number", "predecessor", "sockets",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        config: BackendConfig,
+        sockets: list[Listening],
+        environment: Environment,
+        predecessor: asyncio.Task[None] | None = None,
+    ) -> None:
+        self.number = number
+        self.config = config
+        self.sockets = sockets
+        self.environment = environment
+        self.predecessor = predecessor
+        setup = Setup(
+            name=config.name, directory=config.directory, endpoints=config.endpoints, readiness=config.ready,
+            shared=environment.shared, passes=config.delivery is Delivery.PASS,
+        )  # fmt: skip
+        self.backend = load(config.driver)(config.options, setup)
+        setup.output.listen(self._log_output)
+        self.activation: Activation | None = None
+        self.instances: Instances | None = None
+        self._gate: RelayGate | PassGate | None = None
+        self._numbers: dict[int, int] = {}
+        """id of a listening socket -> its number in the workers"""
+        passed = [PassedSocket(listening.listener.name, listening.socket) for listening in sockets]
+        if config.delivery is Delivery.ACCEPT:
+            self.instances = Instances(config, self.backend, passed, self._changed)
+            return
+        if config.delivery is Delivery.PASS:
+            self._gate = PassGate(passed, config.idle.after, self.wake, self._busy, self._quiet)
+        else:
+            self._gate = RelayGate(number, environment.workers)
+        self.activation = Activation(config, self.backend, self._gate, self._changed)
+
+    # Its doors
+
+    def listen(self) -> None:
+        """Let clients come."""
+        workers = self.environment.workers
+        if self.instances is not None:
+            self.instances.listen()
+        elif isinstance(self._gate, RelayGate):
+            workers.serve(self.number, self.config)
+            numbers = workers.listen(self.number, [(s.listener.name, s.socket) for s in self.sockets])
+            self._numbers = {id(listening): number for listening, number in zip(self.sockets, numbers, strict=True)}
+        elif isinstance(self._gate, PassGate):
+            gate = self._gate
+            if self.predecessor is None:
+                gate.arm()
+            else:
+                self.predecessor.add_done_callback(lambda _: gate.arm())
+
+    def unlisten(self, keep: Collection[int] = ()) -> None:
+        """Let nobody in any more; close the sockets but those (by id) that somebody else takes over."""
+        if self.instances is not None:
+            self.instances.unlisten()
+        if isinstance(self._gate, PassGate):
+            self._gate.remove()
+        for listening in self.sockets:
+            if id(listening) in self._numbers:
+                self.environment.workers.unlisten(
+                    self._numbers[id(listening)], accept_waiting=id(listening) not in keep
+                )
+            if id(listening) not in keep:
+                self.environment.listeners.close(listening)
+        self._numbers = {}
+        self.sockets = []
+
+    # Its life
+
+    def wake(self, source: str) -> None:
+        """A client waits."""
+        activation = self.lives()
+        if self.predecessor is not None and not self.predecessor.done():
+            self.predecessor.add_done_callback(lambda _: activation.wake(source))
+        else:
+            activation.wake(source)
+
+    def lives(self) -> Activation:
+        """Its activation. Raises NoLife in delivery `accept`."""
+        if self.activation is None:
+            raise NoLife(f"{self.config.name}: with delivery accept there is nothing to start, stop or hold")
+        return self.activation
+
+    def retire(self) -> None:
+        """Sleep as soon as nobody uses it."""
+        if self.activation is not None:
+            self.activation.retire()
+
+    async def stop(self, why: str) -> None:
+        """Close everything at once; return when nothing is left of it."""
+        if self.sockets:
+            self.unlisten()
+        if self.instances is not None:
+            await self.instances.stop()
+        if self.activation is not None:
+            self.environment.workers.cut(self.number, why)
+            await self.activation.stop(why)
+            self.environment.workers.forget(self.number)
+
+    # Its configuration
+
+    def can_become(self, config: BackendConfig) -> bool:
+        """Whether the new configuration can be taken on without replacing the service."""
+        same = msgspec.structs.replace(
+            config, idle=self.config.idle, limits=self.config.limits, start_timeout=self.config.start_timeout,
+            stop_grace=self.config.stop_grace, origin=self.config.origin,
+        )  # fmt: skip
+        return same == self.config
+
+    def adjust(self, config: BackendConfig) -> None:
+        """Take on new limits, timeouts and idle policy."""
+        self.config = config
+        if self.instances is not None:
+            self.instances.config = config
+        if isinstance(self._gate, RelayGate):
+            self.environment.workers.serve(self.number, config)
+        if isinstance(self._gate, PassGate):
+            self._gate.adjust(config.idle.after)
+        if self.activation is not None:
+            self.activation.adjust(config)
+
+    # What is known of it
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def asleep(self) -> bool:
+        return self.activation.asleep if self.activation is not None else not self.instances or not self.instances.count
+
+    @property
+    def state(self) -> State:
+        if self.activation is not None:
+            return self.activation.state
+        return State.STOPPED if self.asleep else State.READY
+
+    def change(self) -> StateChange:
+        who = self.activation or self.instances
+        assert who is not None
+        return StateChange(self.name, self.state.value, who.last_wake, who.last_error)
+
+    async def status(self, tally: Tally | None) -> BackendStatus:
+        """All that is known of it."""
+        usage = Usage()
+        if not self.asleep:
+            try:
+                async with asyncio.timeout(USAGE_DEADLINE):
+                    usage = await self.backend.usage()
+            except (TimeoutError, BackendError, OSError) as error:
+                log.debug("usage is not known: %s", error, extra={"backend": self.name})
+        now = asyncio.get_running_loop().time()
+        life, instances = self.activation, self.instances
+        held = life.held_until if life else None
+        who = life or instances
+        assert who is not None
+        connections = tally.connections if tally else 0
+        if instances is not None:
+            connections = instances.count
+        elif isinstance(self._gate, PassGate):
+            connections = self._gate.connections
+        return BackendStatus(
+            name=self.name,
+            driver=self.config.driver,
+            delivery=self.config.delivery.value,
+            state=self.state.value,
+            since=now - life.since if life else 0.0,
+            listeners={listening.listener.name: str(listening.address) for listening in self.sockets},
+            endpoints={name: str(endpoint) for name, endpoint in life.endpoints.items()}
+            if life and not life.asleep
+            else {},
+            connections=connections,
+            waiting=tally.parked if tally else 0,
+            total=instances.total if instances else tally.total if tally else 0,
+            received=tally.received if tally else 0,
+            sent=tally.sent if tally else 0,
+            refused=tally.refused if tally else 0,
+            wakes=life.wakes if life else instances.total if instances else 0,
+            last_wake=who.last_wake,
+            start_took=life.start_took if life else 0.0,
+            ready_took=life.ready_took if life else 0.0,
+            sleeps_in=None if not life or life.sleeps_at is None else _left(life.sleeps_at, now),
+            held_for=None if held is None else _left(held, now),
+            memory=usage.memory,
+            cpu=usage.cpu,
+            last_error=who.last_error,
+            retry_in=life.backoff.until - now if life and life.backoff.until > now else None,
+        )
+
+    # What its gate and its driver tell
+
+    def _busy(self) -> None:
+        self.lives().busy()
+
+    def _quiet(self, since: float) -> None:
+        self.lives().quiet(since)
+
+    def _changed(self) -> None:
+        self.environment.changed(self)
+
+    def _log_output(self, line: str) -> None:
+        log.info("%s", line, extra={"backend": self.name, "output": True})
+
+
+def _left(until: float, now: float) -> float:
+    """Seconds until then; -1 for ever."""
+    return -1.0 if until == float("inf") else max(0.0, until - now)

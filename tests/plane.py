@@ -1,0 +1,138 @@
+"""A worker process of the data plane, driven over its link: the tests play the control plane."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from backends.endpoint import Endpoint, bind, of_socket, parse
+from gateway.plane import link as say
+from gateway.plane.link import Link
+from tests.running import PATIENCE
+
+M = TypeVar("M", bound=say.Message)
+
+LIMITS: dict[str, Any] = {"connections": 10000, "pending": 10000, "connect_timeout": 5.0, "idle_timeout": 0.0}
+
+
+class Plane:
+    """One worker. `hear` waits for a message of a type, and keeps the others for later."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self.link = Link(ours)
+        self.heard: list[Any] = []
+        self.listening: list[socket.socket] = []
+        self.hello = self.hear(say.Hello)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def send(self, *messages: say.Message, fds: list[int] | None = None) -> None:
+        self.link.send(*messages, fds=fds or [])
+        assert not self.link.pending
+
+    def hear(self, kind: type[M], timeout: float = PATIENCE) -> M:
+        deadline = time.monotonic() + timeout
+        while True:
+            for index, message in enumerate(self.heard):
+                if isinstance(message, kind):
+                    del self.heard[index]
+                    return message
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([self.link], [], [], left)[0]:
+                raise AssertionError(f"no {kind.__name__} within {timeout} s; heard {self.heard}")
+            self._receive()
+
+    def said_nothing_of(self, kind: type[say.Message]) -> bool:
+        """After a question and its answer: everything that was said before the answer is here."""
+        self.count()
+        return not any(isinstance(message, kind) for message in self.heard)
+
+    def _receive(self) -> None:
+        while (datagram := self.link.receive()) is not None:
+            self.heard += datagram[0]
+
+    def count(self) -> dict[int, say.Tally]:
+        self.send(say.Count(1))
+        return {tally.backend: tally for tally in self.hear(say.Counted).tallies}
+
+    def serve(self, backend: int = 1, listen: str = "tcp://127.0.0.1:0", name: str = "", **limits: Any) -> Endpoint:
+        """A backend with one listener; where that listens."""
+        sock = bind(parse(listen))
+        self.listening.append(sock)
+        self.send(say.Serve(backend, f"backend-{backend}", **{**LIMITS, **limits}))
+        self.send(say.Listen(100 + backend, backend, name), fds=[sock.fileno()])
+        self.count()  # once it answers, it has taken the orders before
+        return of_socket(sock)
+
+    def open(self, backend: int, endpoint: Endpoint | str) -> None:
+        self.send(say.Open(backend, {"": str(endpoint)}))
+
+    def close(self) -> None:
+        for sock in self.listening:
+            sock.close()
+        self.link.close()
+        assert self.process.wait(PATIENCE) == 0
+
+
+@contextlib.contextmanager
+def plane() -> Iterator[Plane]:
+    running = Plane()
+    try:
+        yield running
+        running.close()
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+            running.process.wait()
+
+
+def connect(address: Endpoint, timeout: float = PATIENCE) -> socket.socket:
+    assert not isinstance(address, str)
+    sock = socket.socket(address.family, socket.SOCK_STREAM)  # type: ignore[union-attr]
+    sock.settimeout(timeout)
+    try:
+        sock.connect(address.sockaddr)  # type: ignore[union-attr]
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+class Upstream:
+    """A listening socket that plays the backend."""
+
+    def __init__(self, address: str = "tcp://127.0.0.1:0", backlog: int = 512) -> None:
+        self.socket = bind(parse(address), backlog)
+        self.socket.settimeout(PATIENCE)
+        self.endpoint = of_socket(self.socket)
+
+    def accept(self) -> socket.socket:
+        sock, _ = self.socket.accept()
+        sock.settimeout(PATIENCE)
+        return sock
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def __enter__(self) -> Upstream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+

@@ -1,0 +1,383 @@
+"""The life of a connection in a real worker process; the tests are its control plane."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.plane import link as say
+from tests.plane import Plane, Upstream, connect, plane
+from tests.running import cpu, descriptors, eventually, receive_all
+
+RESET = struct.pack("ii", 1, 0)
+
+
+@pytest.fixture
+def worker() -> Iterator[Plane]:
+    with plane() as running:
+        yield running
+
+
+def test_parked_client_wakes_once_and_is_dialled_when_the_gate_opens(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream, connect(address) as first, connect(address) as second:
+        first.sendall(b"one")
+        second.sendall(b"two")
+        woken = worker.hear(say.Wake)
+        assert woken.backend == 1
+        assert woken.source == "{}:{}".format(*first.getsockname())
+        eventually(lambda: worker.count()[1].parked == 2)
+        assert worker.said_nothing_of(say.Wake)
+        worker.open(1, upstream.endpoint)
+        with upstream.accept() as a, upstream.accept() as b:
+            assert {a.recv(10), b.recv(10)} == {b"one", b"two"}
+            assert worker.count()[1].connections == 2
+            assert worker.hear(say.Busy).backend == 1
+
+
+def test_open_gate_relays_and_tells_busy_and_quiet(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        before = time.monotonic()
+        with connect(address) as client, upstream.accept() as server:
+            client.sendall(b"question")
+            assert server.recv(100) == b"question"
+            server.sendall(b"answer!")
+            assert client.recv(100) == b"answer!"
+            worker.hear(say.Busy)
+        quiet = worker.hear(say.Quiet)
+        assert before < quiet.since < time.monotonic()
+        tally = worker.count()[1]
+        assert (tally.total, tally.connections, tally.received, tally.sent) == (1, 0, 8, 7)
+
+
+def test_short_connections_in_a_row_cost_the_control_plane_nothing(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        for _ in range(200):
+            with connect(address) as client, upstream.accept() as server:
+                client.sendall(b"x")
+                assert server.recv(1) == b"x"
+        worker.hear(say.Quiet)
+        busy = 1 + sum(isinstance(message, say.Busy) for message in worker.heard)
+        assert worker.count()[1].total == 200
+        assert busy < 20
+
+
+def test_live_bytes_are_counted(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as client, upstream.accept() as server:
+            client.sendall(b"12345")
+            assert server.recv(10) == b"12345"
+            assert worker.count()[1].received == 5
+
+
+def test_close_answers_with_what_is_left(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as client, upstream.accept() as server:
+            worker.send(say.Close(1))
+            assert worker.hear(say.Closed).connections == 1
+            with connect(address) as late:
+                worker.hear(say.Wake)
+                worker.open(1, upstream.endpoint)
+                with upstream.accept() as second:
+                    late.sendall(b"served all the same")
+                    assert second.recv(100) == b"served all the same"
+            client.sendall(b"and so is this")
+            assert server.recv(100) == b"and so is this"
+        worker.send(say.Close(1))
+
+
+def test_reject_closes_the_parked_and_the_next_client_wakes_again(worker: Plane) -> None:
+    address = worker.serve()
+    with connect(address) as client:
+        worker.hear(say.Wake)
+        worker.send(say.Reject(1, "it does not start"))
+        assert client.recv(1) == b""
+    with connect(address):
+        worker.hear(say.Wake)
+
+
+def test_parked_client_that_resets_is_forgotten(worker: Plane) -> None:
+    address = worker.serve()
+    client = connect(address)
+    worker.hear(say.Wake)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    client.close()
+    eventually(lambda: not worker.count().get(1) or worker.count()[1].parked == 0)
+
+
+def test_parked_unix_client_that_closes_is_forgotten(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve(listen=f"unix:{tmp_path}/s")
+    before = descriptors(worker.pid)
+    client = connect(address)
+    assert worker.hear(say.Wake).source == f"pid {os.getpid()} uid {os.getuid()}"
+    client.close()
+    eventually(lambda: descriptors(worker.pid) == before)
+
+
+def test_parked_half_closed_client_is_served(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream, connect(address) as client:
+        client.sendall(b"all I have")
+        client.shutdown(socket.SHUT_WR)
+        worker.hear(say.Wake)
+        worker.open(1, upstream.endpoint)
+        with upstream.accept() as server:
+            assert receive_all(server) == b"all I have"
+            server.sendall(b"the answer")
+        assert receive_all(client) == b"the answer"
+
+
+def test_refused_client_is_parked_again_not_failed(worker: Plane) -> None:
+    address = worker.serve()
+    upstream = Upstream()
+    endpoint = upstream.endpoint
+    upstream.close()
+    worker.open(1, endpoint)
+    with connect(address) as client:
+        client.sendall(b"hello")
+        refused = worker.hear(say.Refused)
+        assert "refused" in refused.error
+        worker.hear(say.Wake)
+        with Upstream(str(endpoint)) as again:
+            worker.open(1, again.endpoint)
+            with again.accept() as server:
+                assert server.recv(10) == b"hello"
+
+
+def test_refused_again_and_again_is_given_up(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        endpoint = upstream.endpoint
+    with connect(address) as client:
+        worker.hear(say.Wake)
+        for _ in range(2):
+            worker.open(1, endpoint)
+            worker.hear(say.Refused)
+        worker.open(1, endpoint)
+        assert client.recv(1) == b""
+    assert "refused" in worker.hear(say.Limited).limit
+
+
+def test_limit_of_connections(worker: Plane) -> None:
+    address = worker.serve(connections=2)
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address), connect(address), upstream.accept(), upstream.accept():
+            with connect(address) as third:
+                assert third.recv(1) == b""
+            limited = worker.hear(say.Limited)
+            assert (limited.limit, limited.count) == ("limits.connections", 1)
+        eventually(lambda: worker.count()[1].connections == 0)
+        with connect(address), upstream.accept():
+            pass
+
+
+def test_limit_of_parked_clients(worker: Plane) -> None:
+    address = worker.serve(pending=3)
+    clients = [connect(address) for _ in range(3)]
+    eventually(lambda: 1 in (count := worker.count()) and count[1].parked == 3)
+    with connect(address) as fourth:
+        assert fourth.recv(1) == b""
+    assert worker.hear(say.Limited).limit == "limits.pending"
+    assert worker.count()[1].refused == 1
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.slow
+def test_silent_connection_is_cut_and_a_talking_one_is_not(worker: Plane) -> None:
+    address = worker.serve(idle_timeout=0.4)
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as silent, upstream.accept(), connect(address) as talking, upstream.accept() as server:
+            silent.setblocking(False)
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                talking.sendall(b"x")
+                assert server.recv(1) == b"x"
+                try:
+                    assert silent.recv(1) == b""
+                    break
+                except BlockingIOError:
+                    continue
+            assert worker.hear(say.Limited).limit == "limits.idle_timeout"
+            talking.sendall(b"still here")
+            assert server.recv(100) == b"still here"
+
+
+def test_listener_names_choose_the_endpoint(worker: Plane) -> None:
+    address = worker.serve(name="db")
+    with Upstream() as web, Upstream() as db:
+        worker.send(say.Open(1, {"web": str(web.endpoint), "db": str(db.endpoint)}))
+        with connect(address) as client, db.accept() as server:
+            client.sendall(b"select")
+            assert server.recv(10) == b"select"
+
+
+def test_full_backlog_costs_no_second(worker: Plane) -> None:
+    """A backend with a tiny backlog that accepts slowly: the kernel would let the others wait for a retransmission."""
+    address = worker.serve()
+    with Upstream(backlog=1) as upstream:
+        worker.open(1, upstream.endpoint)
+        clients = [connect(address) for _ in range(20)]
+        for client in clients:
+            client.sendall(b"x")
+        for _ in clients:
+            with upstream.accept() as server:
+                assert server.recv(1) == b"x"
+        for client in clients:
+            client.close()
+
+
+def test_unix_endpoint_with_a_full_backlog(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/up", backlog=1) as upstream:
+        worker.open(1, upstream.endpoint)
+        clients = [connect(address) for _ in range(20)]
+        for _ in clients:
+            upstream.accept().close()
+        for client in clients:
+            assert client.recv(1) == b""
+            client.close()
+
+
+def test_connect_timeout_has_its_name(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve(connect_timeout=0.05)
+    with Upstream(f"unix:{tmp_path}/up", backlog=0) as upstream, connect(upstream.endpoint):
+        with connect(address) as client:
+            for _ in range(2):
+                worker.open(1, upstream.endpoint)
+                worker.hear(say.Refused)
+            worker.open(1, upstream.endpoint)
+            assert client.recv(1) == b""
+        assert worker.hear(say.Limited).limit == "limits.connect_timeout"
+
+
+def test_unlisten_takes_in_who_waits_already(worker: Plane) -> None:
+    address = worker.serve()
+    worker.process.send_signal(signal.SIGSTOP)
+    clients = [connect(address) for _ in range(100)]
+    worker.send(say.Unlisten(101, accept_waiting=True))
+    worker.listening.pop().close()
+    worker.process.send_signal(signal.SIGCONT)
+    eventually(lambda: 1 in (count := worker.count()) and count[1].parked == 100)
+    with pytest.raises(ConnectionRefusedError):
+        connect(address)
+    for client in clients:
+        client.close()
+
+
+def test_cut_closes_everything_of_one_backend_only(worker: Plane) -> None:
+    address, other = worker.serve(1), worker.serve(2)
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        worker.open(2, upstream.endpoint)
+        with connect(address) as client, upstream.accept(), connect(other) as safe, upstream.accept() as server:
+            worker.send(say.Cut(1, "limits"))
+            assert client.recv(1) == b""
+            safe.sendall(b"alive")
+            assert server.recv(10) == b"alive"
+
+
+def test_forgotten_backend_lives_until_its_last_connection(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as client, upstream.accept() as server:
+            worker.send(say.Unlisten(101, accept_waiting=True), say.Forget(1))
+            client.sendall(b"still")
+            assert server.recv(10) == b"still"
+            assert worker.count()[1].connections == 1
+        eventually(lambda: not worker.count())
+
+
+def test_descriptors_run_out_and_come_back(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        limit = descriptors(worker.pid) + 30
+        before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+        clients = [connect(address) for _ in range(60)]
+        worker.hear(say.Trouble)
+        used = cpu(worker.pid)
+        worker.count()
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
+        for _ in clients:
+            upstream.accept().close()
+        assert cpu(worker.pid) - used < 0.5
+        for client in clients:
+            client.close()
+
+
+def test_worker_ends_when_the_control_plane_is_gone() -> None:
+    with plane() as running:
+        running.serve()
+
+
+def test_worker_does_not_end_by_the_signals_of_a_terminal(worker: Plane) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        worker.process.send_signal(number)
+    worker.count()
+    assert worker.process.poll() is None
+
+
+def test_worker_at_rest_does_not_wake(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address), upstream.accept():
+            worker.count()
+            switches = _switches(worker.pid)
+            connect(upstream.endpoint).close()  # something takes its time elsewhere
+            assert _switches(worker.pid) <= switches + 1
+
+
+def _switches(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if "ctxt_switches" in line)
+
+
+# vsock-mux: the endpoint is a Unix socket that wants `CONNECT port` first.
+
+
+def test_vsock_mux_is_asked_and_what_follows_ok_belongs_to_the_client(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/mux") as mux:
+        worker.open(1, f"vsock-mux:{tmp_path}/mux:52")
+        with connect(address) as client, mux.accept() as server:
+            client.sendall(b"early")
+            assert server.recv(100) == b"CONNECT 52\n"
+            server.sendall(b"OK 1073741824\nbanner")
+            assert client.recv(100) == b"banner"
+            assert server.recv(100) == b"early"
+
+
+@pytest.mark.parametrize("answer", [b"", b"NO\n", b"OK\n", b"x" * 70, b"OK garbage\n"])
+def test_vsock_mux_that_does_not_say_ok(worker: Plane, tmp_path: Path, answer: bytes) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/mux") as mux:
+        worker.open(1, f"vsock-mux:{tmp_path}/mux:52")
+        with connect(address), mux.accept() as server:
+            server.recv(100)
+            if answer:
+                server.sendall(answer)
+            else:
+                server.close()
+            assert "OK" in worker.hear(say.Refused).error
