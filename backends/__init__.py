@@ -14,6 +14,8 @@ DRIVERS = {
     "process": "backends.process:Process",
 }
 """Driver name -> module:class. A driver outside this package announces itself in the entry point group below."""
+DEFAULT = "process"
+"""The driver of a backend that names none."""
 
 ENTRY_POINTS = "dormant.backends"
 EXTRAS = {"podman": "podman", "libvirt": "libvirt", "dbus_fast": "systemd"}

@@ -73,7 +73,7 @@ async def run(
             pipes.callback(stderr.finish)
             process, pidfd = await _start(command, cwd, env, stdout.writer, stderr.writer)
         except OSError as error:
-            where = f"cwd {cwd}: " if cwd and error.filename == str(cwd) else ""
+            where = f"cwd {cwd}: " if cwd and str(error.filename) == str(cwd) else ""
             raise CommandFailed(command, where + (error.strerror or str(error))) from None
         stdout.close_writer()
         stderr.close_writer()

@@ -18,12 +18,13 @@ import pwd
 import re
 import socket
 import stat
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl
 
 FORMS = "tcp://HOST:PORT, udp://HOST:PORT, unix:PATH, unix:@NAME, unixgram:PATH, vsock://CID:PORT, vsock-mux:PATH:PORT, fd://NAME"
+LONGEST = 1024  # characters of an address; the longest part of one is a host name or a path
 VSOCK_NAMES = {"any": 0xFFFFFFFF, "hypervisor": 0, "local": 1, "host": 2}
 UNIX_PATH_MAX = 107  # sun_path holds 108 bytes with the closing NUL, unix(7)
 
@@ -83,9 +84,9 @@ class Local:
     family: ClassVar[socket.AddressFamily] = socket.AF_UNIX
 
     path: str
-    mode: int | None = field(default=None, compare=False)
-    owner: str | None = field(default=None, compare=False)
-    group: str | None = field(default=None, compare=False)
+    mode: int | None = None
+    owner: str | None = None
+    group: str | None = None
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.path}"
@@ -169,6 +170,8 @@ Endpoint = Tcp | Udp | Unix | Unixgram | Vsock | VsockMux | Inherited
 
 def parse(text: str, directory: Path | None = None) -> Endpoint:
     """Parse one address; relative paths of Unix sockets are relative to `directory`. Raises AddressError."""
+    if len(text) > LONGEST:
+        raise AddressError(f"{text[:40]!r}... is too long for an address; allowed: {FORMS}")
     match = re.match(r"(tcp|udp|vsock|fd)://|(unix|unixgram|vsock-mux):", text)
     if match is None:
         raise AddressError(f"{text!r} is not an address; allowed: {FORMS}")
@@ -191,7 +194,7 @@ def parse(text: str, directory: Path | None = None) -> Endpoint:
 
 
 def _host_port(text: str, rest: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+(?:%[\w.-]+)?)\]|([^\[\]:/?#\s]+)):(\d+)", rest)
+    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+(?:%[\w.-]+)?)\]|([^\[\]:/?#\s]+)):([0-9]+)", rest)
     if match is None:
         hint = "; an IPv6 address goes in brackets, as in tcp://[::1]:80" if rest.count(":") > 1 else ""
         raise AddressError(f"{text!r}: expected HOST:PORT{hint}")
@@ -201,6 +204,8 @@ def _host_port(text: str, rest: str) -> tuple[str, int]:
             socket.inet_pton(socket.AF_INET6, host.partition("%")[0])
         except OSError:
             raise AddressError(f"{text!r}: {host!r} is not an IPv6 address") from None
+    elif any(not 0 < len(label) < 64 for label in host.removesuffix(".").split(".")):
+        raise AddressError(f"{text!r}: {host!r} is not a host name or an address")
     return host, _number(text, match[3], "port", 65535)
 
 
@@ -211,7 +216,7 @@ def _vsock(text: str, rest: str) -> Vsock:
         return Vsock("guest", port)
     if cid_text in VSOCK_NAMES:
         return Vsock(VSOCK_NAMES[cid_text], port)
-    if not cid_text.isdigit():
+    if not re.fullmatch("[0-9]+", cid_text):
         raise AddressError(f"{text!r}: {cid_text!r} is not a CID; allowed: any, host, local, guest or a number")
     return Vsock(_number(text, cid_text, "CID", 0xFFFFFFFF), port)
 
@@ -230,15 +235,17 @@ def _local(text: str, scheme: str, rest: str, directory: Path | None) -> Unix | 
             raise AddressError(f"{text!r}: unknown option {key!r}; allowed: mode, owner, group")
     if not path.startswith("@"):
         path = _path(text, path, directory)
-    elif len(path) < 2:
-        raise AddressError(f"{text!r}: an abstract name must not be empty")
+    elif not 1 < len(os.fsencode(path)) <= UNIX_PATH_MAX:
+        raise AddressError(f"{text!r}: an abstract name has 1 to {UNIX_PATH_MAX - 1} bytes")
+    elif options:
+        raise AddressError(f"{text!r}: an abstract name has no {', '.join(options)}; allowed: only with a path")
     return (Unix if scheme == "unix" else Unixgram)(path, **options)
 
 
 def _path(text: str, path: str, directory: Path | None) -> str:
     if not path or "\0" in path:
         raise AddressError(f"{text!r}: expected a path")
-    full = os.path.normpath(Path(directory or "", os.path.expanduser(path)))
+    full = os.path.normpath(os.path.join(directory or "", os.path.expanduser(path)))
     full = re.sub("^/+", "/", full)
     if len(os.fsencode(full)) > UNIX_PATH_MAX:
         raise AddressError(f"{text!r}: {full} is longer than the {UNIX_PATH_MAX} bytes that the kernel takes")
@@ -246,7 +253,7 @@ def _path(text: str, path: str, directory: Path | None) -> str:
 
 
 def _number(text: str, digits: str, what: str, highest: int) -> int:
-    if not digits.isdigit() or int(digits) > highest:
+    if not re.fullmatch("[0-9]{1,10}", digits) or int(digits) > highest:
         raise AddressError(f"{text!r}: {digits!r} is not a {what}; allowed: 0 to {highest}")
     return int(digits)
 
@@ -262,8 +269,8 @@ def resolve(endpoint: Endpoint) -> list[Endpoint]:
         return [replace(endpoint, host="127.0.0.1"), replace(endpoint, host="::1")]
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, type=endpoint.type)
-    except OSError as error:
-        raise AddressError(f"{endpoint}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # the latter: a name that IDNA does not take
+        raise AddressError(f"{endpoint}: {getattr(error, 'strerror', None) or error}") from error
     hosts = dict.fromkeys(_numeric_host(sockaddr) for *_, sockaddr in found)
     return [replace(endpoint, host=host) for host in hosts]
 
@@ -277,6 +284,8 @@ def _numeric_host(sockaddr: Any) -> str:
 
 def of_socket(sock: socket.socket) -> Endpoint:
     """The address that a socket is bound to. Raises AddressError for a family that Dormant does not know."""
+    if sock.type not in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        raise AddressError(f"inherited socket {sock.fileno()}: type {sock.type!r} is not supported")
     name = sock.getsockname()
     stream = sock.type == socket.SOCK_STREAM
     if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -343,6 +352,15 @@ def _bind_local(sock: socket.socket, endpoint: Local) -> None:
     if endpoint.abstract:
         return
     # Nobody can connect before listen(), so there is no moment with the wrong rights.
+    try:
+        set_rights(endpoint)
+    except BaseException:
+        os.unlink(endpoint.path)
+        raise
+
+
+def set_rights(endpoint: Local) -> None:
+    """Give the socket file the mode, owner and group that the endpoint asks for. Raises OSError or AddressError."""
     if endpoint.mode is not None:
         os.chmod(endpoint.path, endpoint.mode)
     if endpoint.owner is not None or endpoint.group is not None:

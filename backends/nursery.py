@@ -278,12 +278,7 @@ def become(order: Spawn, fds: Sequence[int], mark: int, report: int, parent: int
         os.execvpe(launch.argv[0], list(launch.argv), env)
     except BaseException as error:
         why = getattr(error, "errno", None) or errno.EINVAL
-        if (
-            step is Step.EXECUTE
-            and why == errno.ENOENT
-            and b"/" in launch.argv[0]
-            and os.path.exists(launch.argv[0])
-        ):
+        if step is Step.EXECUTE and why == errno.ENOENT and b"/" in launch.argv[0] and os.path.exists(launch.argv[0]):
             step = Step.INTERPRETER
         os.write(report, msgspec.msgpack.encode((step, why, detail)))
     finally:

@@ -51,11 +51,11 @@ class Output:
 
     def tail(self, count: int = KEPT_LINES) -> list[str]:
         """The last lines, at most `count`."""
-        return list(self._lines or ())[-count:]
+        return list(self._lines or ())[-count:] if count > 0 else []
 
     def fresh(self, count: int = KEPT_LINES) -> list[str]:
         """The last lines of this life, at most `count`."""
-        return self.tail(min(count, self._fresh)) if self._fresh else []
+        return self.tail(min(count, self._fresh))
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
         """Call `listener` with each new line from now on, until the returned function is called."""

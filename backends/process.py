@@ -113,8 +113,10 @@ def look_up(user: str | int | None, group: str | int | None) -> Account:
             account.gid = grp.getgrnam(str(group)).gr_gid if is_name else int(group)
         except KeyError:
             raise StartFailed(f"group {group!r}: unknown") from None
-    if account.groups is not None and os.geteuid() != 0 and account.uid == os.geteuid():
-        account.groups = None  # it is us: nothing to change, and no right to
+    if account.gid is None and account.uid is not None:
+        raise StartFailed(f"user {user}: unknown, so its group must be configured, too")
+    if (account.uid, account.gid) == (os.geteuid(), os.getegid()):
+        account.groups = None  # it is us: nothing to change, and perhaps no right to
     return account
 
 

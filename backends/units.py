@@ -6,11 +6,11 @@ own options and the drivers' use the same ones.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from typing import Any
 
+LONGEST = 1e10  # seconds, some 300 years; what is longer is a mistake, and the kernel's timers do not take it
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _BYTES = {
     "": 1,
@@ -33,13 +33,15 @@ class Duration(float):
 
     @classmethod
     def parse(cls, value: Any) -> Duration:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LONGEST:
             return cls(value)
-        if isinstance(value, str):
+        if isinstance(value, str) and len(value) <= 40:
             if re.fullmatch(r"\d+(\.\d+)?", value):
-                return cls(float(value))
+                return cls.parse(float(value))
             if re.fullmatch(r"(\d+(\.\d+)?(ms|s|m|h|d))+", value):
-                return cls(sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"([\d.]+)(ms|s|m|h|d)", value)))
+                return cls.parse(
+                    sum(float(n) * _SECONDS[unit] for n, unit in re.findall(r"([\d.]+)(ms|s|m|h|d)", value))
+                )
         raise ValueError(f"{value!r} is not {cls.expected}")
 
     def __str__(self) -> str:

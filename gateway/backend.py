@@ -90,7 +90,7 @@ class BackendReader:
         idle: Idle = self._keep(self._key(Idle, value, place, "idle", DEFAULT_IDLE))
         backend = BackendConfig(
             name=name,
-            driver=value.get("driver", ""),
+            driver=value.get("driver", backends.DEFAULT),
             options=self._options(driver, value, place),
             listeners=listeners,
             delivery=delivery,
@@ -123,7 +123,7 @@ class BackendReader:
     # The driver
 
     def _driver(self, value: dict[str, Any], place: Place) -> type[Backend]:
-        name = value.get("driver")
+        name = value.get("driver", backends.DEFAULT)
         if isinstance(name, str):
             if name not in self._drivers:
                 self._drivers[name] = self._load(name)
@@ -131,8 +131,6 @@ class BackendReader:
             if not isinstance(found, str):
                 return found
             self.problems.add(place / "driver", found)
-        elif "driver" not in value:
-            self.problems.add(place / "driver", f"missing; {listed(backends.names())}")
         else:
             self.problems.wrong(place / "driver", name, ", ".join(backends.names()))
         return FAILED

@@ -74,7 +74,7 @@ class _Reading:
         real = os.path.realpath(path)
         if any(real == outer for outer, _ in chain):
             names = " -> ".join([*(name for _, name in chain), shown])
-            self.problems.add(included_at, f"files include each other: {names}; allowed: each file once")
+            self.problems.add(included_at, f"include loop: {names}; allowed: each file once")
             return
         if real in self.files:
             self.problems.add(
@@ -138,7 +138,9 @@ class _Reading:
             return
         for name, backend in value.items():
             if name in self.found:
-                self.problems.add(place / name, f"is already at {self.found[name][1]}; allowed: each name once")
+                self.problems.add(
+                    place / name, f"is defined twice, first at {self.found[name][1]}; allowed: each name once"
+                )
             else:
                 self.found[name] = (backend, place / name, directory)
 
@@ -157,7 +159,7 @@ class _Reading:
             matches = sorted(glob.glob(os.path.expanduser(pattern), root_dir=directory, recursive=True))
             if not matches:
                 self.problems.add(
-                    where, f"{pattern!r} matches no file in {directory}; allowed: what matches at least one"
+                    where, f"{pattern!r} matches no file; allowed: a pattern with a match, seen from this file"
                 )
             for match in matches:
                 self.file(directory / match, os.path.join(os.path.dirname(shown), match), where, chain)

@@ -191,7 +191,7 @@ class _Composer:
         if isinstance(key, str):
             return key
         found = "a mapping or a list" if key is FAILED else show(key)
-        hint = ", in quotes it is text" if isinstance(event, yaml.ScalarEvent) else ""
+        hint = " (write it in quotes)" if isinstance(event, yaml.ScalarEvent) else ""
         self.problems.add(place, f"{_line(event.start_mark)}found {found} as a key; allowed: text{hint}")
         return FAILED
 
@@ -213,7 +213,9 @@ class _Composer:
 
     def alias(self, event: Any) -> Any:
         if event.anchor not in self.anchors:
-            raise DocumentError(f"{_line(event.start_mark)}alias *{event.anchor} stands before the end of its anchor")
+            raise DocumentError(
+                f"{_line(event.start_mark)}alias *{event.anchor} has no anchor before it, or stands inside of it"
+            )
         value, count = self.anchors[event.anchor]
         self.count += count
         return value

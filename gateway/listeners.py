@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backends.endpoint import AddressError, Endpoint, Inherited, Local, Tcp, bind, of_socket
+from backends.endpoint import AddressError, Endpoint, Inherited, Local, Tcp, bind, of_socket, set_rights
 from gateway.config import Listener
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,17 @@ class Listeners:
             raise ListenError(f"{listener.endpoint}: {_explain(error, listener.endpoint)}") from error
         return Listening(listener, sock, False, _file(listener.endpoint))
 
+    def take_on(self, listening: Listening, listener: Listener) -> None:
+        """Go on with the same socket under other settings (name, backlog, rights)."""
+        listening.listener = listener
+        if listening.socket.type == socket.SOCK_STREAM:
+            listening.socket.listen(listener.backlog)
+        if isinstance(listener.endpoint, Local) and listening.file is not None:
+            try:
+                set_rights(listener.endpoint)
+            except (AddressError, OSError) as error:
+                log.warning("%s: its rights stay as they are: %s", listener.endpoint, error)
+
     def close(self, listening: Listening) -> None:
         """Close it and remove its file; an inherited one stays open, for it cannot be had again."""
         if listening.inherited:
@@ -112,6 +123,8 @@ def _same(bound: Endpoint, wanted: Endpoint) -> bool:
         everywhere = ("*", "::")
         same_host = bound.host == wanted.host or (bound.host in everywhere and wanted.host in everywhere)
         return same_host and bound.port == wanted.port
+    if isinstance(wanted, Local) and isinstance(bound, Local):
+        return bound.path == wanted.path
     return bound == wanted
 
 

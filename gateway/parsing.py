@@ -106,36 +106,49 @@ def converter(kind: Any) -> Converter:
     """The function that makes values of this type."""
     inner = without_none(kind)
     if inner is not None:
-        return partial(_optional, converter(inner), inner is units.Duration)
+        return partial(_optional, _saying(kind, inner), inner is units.Duration)
     if isinstance(kind, type) and issubclass(kind, Struct):
-        return partial(_short_or_whole, kind) if has_short_form(kind) else partial(convert_struct, kind)
+        if not has_short_form(kind):
+            return partial(convert_struct, kind)
+        first = next(iter(fields(kind).values()))
+        return partial(_short_or_whole, kind, first.name, _saying(kind, first.type))
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         structs = [member for member in arguments if isinstance(member, type) and issubclass(member, Struct)]
-        return partial(_one_of, converter(structs[0]), kind) if len(structs) == 1 else partial(_leaf, kind)
+        return partial(_one_of, converter(structs[0]), kind) if len(structs) == 1 else partial(_leaf, kind, kind)
     if origin is list:
         return partial(_items, converter(arguments[0]), list)
     if origin is tuple and arguments[1:] == (...,):
         return partial(_items, converter(arguments[0]), tuple)
     if origin is dict and arguments[0] is str:
         return partial(_mapping, converter(arguments[1]))
-    return partial(_leaf, kind)
+    return partial(_leaf, kind, kind)
+
+
+def _saying(said: Any, kind: Any) -> Converter:
+    """The converter for a type; what is allowed is said of another type that this is a form of."""
+    inner = without_none(kind)
+    if inner is not None:
+        return partial(_optional, _saying(said, inner), inner is units.Duration)
+    found = converter(kind)
+    return partial(_leaf, kind, said) if isinstance(found, partial) and found.func is _leaf else found
 
 
 def _optional(inner: Converter, duration: bool, value: Any, place: Place, problems: Problems) -> Any:
     return None if value is None or (duration and value == NEVER) else inner(value, place, problems)
 
 
-def _short_or_whole(kind: type[Struct], value: Any, place: Place, problems: Problems) -> Any:
+def _short_or_whole(
+    kind: type[Struct], name: str, first: Converter, value: Any, place: Place, problems: Problems
+) -> Any:
     if isinstance(value, dict):
         return convert_struct(kind, value, place, problems)
-    first = next(iter(fields(kind).values()))
-    converted = first.convert(value, place, problems)
-    return FAILED if converted is FAILED else _make(kind, {first.name: converted}, place, problems)
+    converted = first(value, place, problems)
+    return FAILED if converted is FAILED else _make(kind, {name: converted}, place, problems)
 
 
 def _one_of(struct: Converter, kind: Any, value: Any, place: Place, problems: Problems) -> Any:
-    return struct(value, place, problems) if isinstance(value, dict) else _leaf(kind, value, place, problems)
+    return struct(value, place, problems) if isinstance(value, dict) else _leaf(kind, kind, value, place, problems)
 
 
 def _items(inner: Converter, make: Callable[[list[Any]], Any], value: Any, place: Place, problems: Problems) -> Any:
@@ -154,29 +167,28 @@ def _mapping(inner: Converter, value: Any, place: Place, problems: Problems) -> 
     return FAILED if any(item is FAILED for item in result.values()) else result
 
 
-def _leaf(kind: Any, value: Any, place: Place, problems: Problems) -> Any:
+def _leaf(kind: Any, said: Any, value: Any, place: Place, problems: Problems) -> Any:
     if value is FAILED or (isinstance(value, list) and any(item is FAILED for item in value)):
         return FAILED
     try:
         return msgspec.convert(value, kind, dec_hook=units.decode)
     except msgspec.ValidationError as error:
         if isinstance(value, Variable) and not isinstance(value.value, str):
-            return _leaf(kind, value.value, place, problems)
-        problems.add(place, _explain(kind, value, error))
+            return _leaf(kind, said, value.value, place, problems)
+        problems.add(place, _explain(kind, said, value, error))
         return FAILED
 
 
-def _explain(kind: Any, value: Any, error: msgspec.ValidationError) -> str:
+def _explain(kind: Any, said: Any, value: Any, error: msgspec.ValidationError) -> str:
     choices = _choices(kind)
     if choices:
         near = nearest(value, choices) if isinstance(value, str) else ";"
         return f"found {show(value)}{near} {listed(choices)}"
-    if kind in units.UNITS:
-        return f"found {show(value)}; allowed: {kind.expected}"
-    if isinstance(error.__cause__, ValueError):  # a type that parses itself says all of it
-        return str(error.__cause__)
+    why = str(error.__cause__ or "")  # of a type that parses itself
+    if why and not (kind in units.UNITS and why.endswith(kind.expected)):
+        return why
     hint = ", in quotes it is text" if kind is str and isinstance(value, (bool, int, float)) else ""
-    return f"found {show(value)}; allowed: {words(kind)}{hint}"
+    return f"found {show(value)}; allowed: {words(said)}{hint}"
 
 
 def _choices(kind: Any) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Never, cast
 
 MOST_WORDS = 40  # listed in a message
+LONGEST_PROBLEM = 1000  # characters, beside the place
 LONGEST_VALUE = 60  # characters of a value in a message
 
 
@@ -59,7 +60,7 @@ class Problems(list[str]):
     """The problems found so far."""
 
     def add(self, place: Place | str, what: str) -> None:
-        self.append(f"{place}: {' '.join(what.split())}")
+        self.append(f"{place}: {' '.join(what.split())[:LONGEST_PROBLEM]}")
 
     def unknown(self, place: Place, found: str, allowed: Iterable[str]) -> None:
         """A word that is not among the allowed ones: names the nearest, then all of them."""

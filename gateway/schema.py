@@ -63,9 +63,9 @@ def _backend() -> Schema:
     options = [_driver(name) for name in names]
     return {
         "type": "object",
-        "required": ["driver", "listen"],
+        "required": ["listen"],
         "properties": {
-            "driver": _or_variable({"enum": names}),
+            "driver": {**_or_variable({"enum": names}), "default": backends.DEFAULT},
             "listen": _listen(),
             "delivery": {**_of(Delivery), "default": Delivery.RELAY.value},
             "endpoint": {"$ref": "#/$defs/address"},
@@ -87,7 +87,9 @@ def _driver(name: str) -> Schema:
         del own["additionalProperties"]  # the common keys are allowed, too
     except backends.DriverMissing:
         own = {"unevaluatedProperties": True}
-    return {"if": {"required": ["driver"], "properties": {"driver": {"const": name}}}, "then": own}
+    # `properties` is also true of a backend without the key: that one has the default driver.
+    required = [] if name == backends.DEFAULT else ["driver"]
+    return {"if": {"required": required, "properties": {"driver": {"const": name}}}, "then": own}
 
 
 def _entry() -> Schema:

@@ -180,6 +180,9 @@ class Server:
         held = {_key(listening.listener): listening for name in replaced for listening in old[name].sockets}
         sockets = self._open_listeners(fresh, held)
 
+        for config_ in fresh:
+            for listening, listener in zip(sockets[config_.name], config_.listeners, strict=True):
+                self.listeners.take_on(listening, listener)
         moved = {id(listening) for listenings in sockets.values() for listening in listenings}
         drains = {}
         for name in replaced:
@@ -203,6 +206,8 @@ class Server:
 
     async def _drain_service(self, service: Service) -> None:
         """A service that is not configured any more, or differently: let its connections end, then stop it."""
+        if service.predecessor is not None:
+            await asyncio.wait({service.predecessor})
         service.retire()
         try:
             async with asyncio.timeout(self.config.gateway.drain):

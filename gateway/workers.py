@@ -225,8 +225,17 @@ class Workers:
             for backend in lost:
                 if not self.is_busy(backend):
                     self.reports.quiet(backend, loop.time())
-            await worker.start()
+            while not await self._restart(worker):
+                await asyncio.sleep(RESPAWN_GAP)
             self._tell_all(worker)
+
+    async def _restart(self, worker: Worker) -> bool:
+        try:
+            await worker.start()
+        except OSError as error:
+            log.error("worker %d cannot be started: %s", worker.number, error)
+            return False
+        return True
 
     def _tell_all(self, worker: Worker) -> None:
         _send_batched(worker, self.served.values())
@@ -239,7 +248,12 @@ class Workers:
         """There is this backend, or its limits changed. Its gate is closed until `open`."""
         limits = config.limits
         self.served[number] = say.Serve(
-            number, config.name, limits.connections, limits.pending, float(limits.connect_timeout), float(limits.idle_timeout or 0)
+            number,
+            config.name,
+            limits.connections,
+            limits.pending,
+            float(limits.connect_timeout),
+            float(limits.idle_timeout or 0),
         )
         self._send(self.served[number])
 

@@ -256,6 +256,8 @@ def main():
     if options["started"]:
         with open(options["started"], "a") as file:
             file.write(f"{os.getpid()}\n")
+    if options["status"] is not None:
+        notify(f"STATUS={options['status']}")
     for text in options["say"]:
         say(text)
     for text in options["say-error"]:
@@ -266,8 +268,6 @@ def main():
         report_fds()
     if options["report"]:
         report()
-    if options["status"] is not None:
-        notify(f"STATUS={options['status']}")
     have_children(options)
     if options["stdio"]:
         serve_stdio(options)

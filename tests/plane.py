@@ -134,5 +134,3 @@ class Upstream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-

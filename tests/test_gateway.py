@@ -90,7 +90,9 @@ def test_nginx_wakes_serves_sleeps_and_wakes_again(tmp_path: Path) -> None:
     with gateway(tmp_path, {"backends": config}) as running:
         asleep = children(running.pid)
         for turn in (1, 2):
-            page = subprocess.run([curl, "-sS", f"http://127.0.0.1:{port}/"], capture_output=True, text=True, timeout=20)
+            page = subprocess.run(
+                [curl, "-sS", f"http://127.0.0.1:{port}/"], capture_output=True, text=True, timeout=20
+            )
             assert (page.returncode, page.stdout) == (0, "good morning\n"), page.stderr
             row = running.status("web")
             assert row["state"] == "ready"
@@ -445,7 +447,14 @@ def test_min_uptime(tmp_path: Path) -> None:
 def test_permanent_service_beside_sleeping_ones(tmp_path: Path) -> None:
     """Driver external without commands: simply always there."""
     endpoint = f"unix:{tmp_path}/permanent.sock"
-    config = {"permanent": {"driver": "external", "listen": f"tcp://127.0.0.1:{free_port()}", "endpoint": endpoint, "idle": "50ms"}}
+    config = {
+        "permanent": {
+            "driver": "external",
+            "listen": f"tcp://127.0.0.1:{free_port()}",
+            "endpoint": endpoint,
+            "idle": "50ms",
+        }
+    }
     service = subprocess.Popen(command("--listen", endpoint))
     try:
         with gateway(tmp_path, {"backends": config}) as running:
@@ -463,7 +472,14 @@ def test_reload_during_live_transfers_drops_none(tmp_path: Path) -> None:
     with gateway(tmp_path, {"backends": {"web": web}}) as running, connect(web["listen"]) as sock:
         pid = greeting(sock)
         for turn in range(5):
-            running.write({"backends": {"web": {**web, "limits": {"connections": 10 + turn}}, **({"other": other} if turn % 2 else {})}})
+            running.write(
+                {
+                    "backends": {
+                        "web": {**web, "limits": {"connections": 10 + turn}},
+                        **({"other": other} if turn % 2 else {}),
+                    }
+                }
+            )
             running.signal(signal.SIGHUP)
             running.wait_for_line("reloaded", turn + 1)
             sock.sendall(b"x" * 100_000)
@@ -509,6 +525,7 @@ def test_reload_removes_and_replaces(tmp_path: Path) -> None:
             running.write({"backends": {"web": {**web, "env": {"A": "b"}}}})
             running.signal(signal.SIGHUP)
             running.wait_for_line("reloaded")
+            running.status("web")  # the worker answers: it has taken the new orders
             sock.sendall(b"x")
             leaving.sendall(b"x")
             assert (sock.recv(1), leaving.recv(1)) == (b"x", b"x")

@@ -181,7 +181,9 @@ async def test_orders_that_the_socket_does_not_take_are_kept(shared: Shared) -> 
 
 
 async def test_the_helper_keeps_no_descriptor_and_no_process(shared: Shared) -> None:
-    await process(shared, "--exit-after", 0).start()
+    first = process(shared, "--exit-after", 0)
+    await first.start()
+    await asyncio.wait_for(first.wait(), PATIENCE)
     before = len(os.listdir(f"/proc/{helper()}/fd"))
     backends = [process(shared, "--exit-after", 0, "--daemonize-child") for _ in range(20)]
     backends += [Process(ProcessOptions(command=Command(["/none"])), backends[0].setup) for _ in range(20)]
@@ -254,35 +256,31 @@ asyncio.run(main())
 
 @pytest.mark.slow
 def test_a_killed_gateway_leaves_no_process_behind() -> None:
-    gateway = subprocess.Popen([sys.executable, "-c", GATEWAY], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert gateway.stdout is not None
-    pids, ups = [], 0
-    while ups < 3 or len(pids) < 6:
-        word, _, number = gateway.stdout.readline().strip().partition(" ")
-        assert word in ("main", "child", "daemon", "up"), "the gateway of the test failed"
-        ups += word == "up"
-        if number:
-            pids.append(int(number))
-    pids += children(gateway.pid)
-    assert len(pids) == 7
-    assert all(map(alive, pids))
-    gateway.kill()
-    gateway.wait()
-    gateway.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", GATEWAY], cwd=ROOT, stdout=subprocess.PIPE, text=True) as gateway:
+        assert gateway.stdout is not None
+        try:
+            pids: set[int] = set()
+            while len(pids) < 6:
+                word, _, number = gateway.stdout.readline().strip().partition(" ")
+                assert word in ("main", "child", "daemon", "up"), "the gateway of the test failed"
+                pids |= {int(number)} if number else set()
+            assert set(children(gateway.pid)) > pids, "the helper is missing"
+            pids.update(children(gateway.pid))
+            assert all(map(alive, pids))
+        finally:
+            gateway.kill()
     eventually(lambda: not any(map(alive, pids)), "everything is gone", timeout=5)
 
 
 def test_a_mark_is_inherited_and_read() -> None:
-    reader, writer = os.pipe()
     mark = nursery.mark_of(12345, 678)
     pid = os.fork()
     if pid == 0:
         nursery._mark(mark)
-        os.execv("/bin/sh", ["sh", "-c", f"(echo; read x) >&{writer} </dev/zero & wait"])
-    os.set_inheritable(writer, True)
-    os.close(writer)
+        os.execv("/bin/sh", ["sh", "-c", "sleep 1000 & wait"])
     try:
-        eventually(lambda: nursery.read_mark(pid) == mark)
+        (child,) = eventually(lambda: children(pid))
+        assert nursery.read_mark(pid) == nursery.read_mark(child) == mark
         assert nursery.read_mark(os.getpid()) is None
         assert nursery.read_mark(2**22 + 1) is None
         assert not nursery.purge(54321, patience=0)
@@ -290,8 +288,9 @@ def test_a_mark_is_inherited_and_read() -> None:
         assert alive(pid)
         assert nursery.purge(12345)
         assert not alive(pid)
+        assert not alive(child)
     finally:
-        os.close(reader)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 

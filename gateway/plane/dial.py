@@ -99,6 +99,7 @@ class Dial:
         self.deadline = loop.now() + client.gate.limits.connect_timeout
         self.gap = FIRST_RETRY
         self.timer: Timer | None = None
+        client.gate.dialling += 1
 
     def attempted(self, sock: Socket | None, code: int) -> None:
         if sock is None:
@@ -124,12 +125,13 @@ class Dial:
             self._failed(code or errno.ENOTCONN)
 
     def abort(self) -> None:
-        self.loop.discard(self._release())
-        self.outcome(self.client, None, "internal error")
+        if self.sock is not None:
+            self.loop.discard(self._release())
+        self._finish(None, "internal error")
 
     def _stands(self, sock: Socket) -> None:
         if self.where.mux_port is None:
-            self.outcome(self.client, sock, "")
+            self._finish(sock, "")
             return
         # vsock-mux: ask for the port, and wait for the line that says OK. The request fits any socket buffer.
         self.asked = True
@@ -152,26 +154,30 @@ class Dial:
         line, newline, _ = seen.partition(b"\n")
         if newline and re.fullmatch(rb"OK \d+", line):
             sock.recv(len(line) + 1)
-            self.outcome(self.client, self._release(), "")
+            self._finish(self._release(), "")
         elif newline or not seen or not b"OK ".startswith(seen[:3]) or len(seen) == 64:
             self.loop.discard(self._release())
-            self.outcome(self.client, None, "the vsock multiplexer did not answer OK")
+            self._finish(None, "the vsock multiplexer did not answer OK")
 
     def _failed(self, code: int) -> None:
         """Full backlogs and a lack of descriptors pass; nobody wakes us then, so a timer does."""
         if code in CAPACITY_ERRORS or (code == errno.EAGAIN and self.where.family == socket.AF_UNIX):
             self.timer = self.loop.later(min(self._next_gap(), self._left()), self._retry)
         else:
-            self.outcome(self.client, None, os.strerror(code))
+            self._finish(None, os.strerror(code))
 
     def _retry(self) -> None:
         if self.sock is not None:
             self.loop.discard(self._release())
         if self._left() <= 0:
-            self.outcome(self.client, None, "limits.connect_timeout")
+            self._finish(None, "limits.connect_timeout")
         else:
             self.asked = False
             self.attempted(*attempt(self.where))
+
+    def _finish(self, sock: Socket | None, why: str) -> None:
+        self.client.gate.dialling -= 1
+        self.outcome(self.client, sock, why)
 
     def _watch(self, sock: Socket, mask: int, patience: float) -> None:
         self.sock = sock

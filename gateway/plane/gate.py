@@ -27,7 +27,7 @@ LIMIT_LOG_GAP = 1.0
 class Client:
     """An accepted connection that is not relayed yet. Parked, it waits for nothing but being hung up."""
 
-    __slots__ = ("deadline", "fd", "gate", "listener", "peer", "registered", "sock", "tries")
+    __slots__ = ("fd", "gate", "listener", "peer", "registered", "sock", "tries")
 
     def __init__(self, gate: Gate, listener: str, sock: Socket, peer: Any) -> None:
         self.gate = gate
@@ -37,7 +37,6 @@ class Client:
         self.peer = peer
         self.registered = False
         self.tries = 0
-        self.deadline = 0.0
 
     def event(self, mask: int) -> None:
         # Only HUP and ERR come here (see park): both directions are gone. A client that merely ended its sending waits
@@ -69,7 +68,7 @@ class Gate:
     """See the module. `tell` sends a message to the control plane."""
 
     __slots__ = (
-        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "endpoints", "forgotten",
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints", "forgotten",
         "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
     )  # fmt: skip
 
@@ -81,6 +80,8 @@ class Gate:
         self.endpoints: dict[str, Any] | None = None
         self.parked: dict[int, Client] = {}
         self.connections = 0
+        self.dialling = 0
+        """connects that did not succeed at once"""
         self.total = self.received = self.sent = self.refused = 0
         self.quiet_since = 0.0
         self.forgotten = False
@@ -138,13 +139,14 @@ class Gate:
 
     # Orders
 
-    def open(self, endpoints: dict[str, Any]) -> list[Client]:
-        """Open it; the caller connects the clients that were parked, first come first."""
+    def open(self, endpoints: dict[str, Any]) -> None:
+        """Open it; the caller connects the clients that are parked."""
         self.endpoints = endpoints
         self._woke = False
-        waiting = list(self.parked.values())
-        self.parked.clear()
-        return waiting
+
+    def unpark(self) -> Client:
+        """The client that has waited for longest."""
+        return self.parked.pop(next(iter(self.parked)))
 
     def close(self) -> None:
         self.endpoints = None

@@ -26,7 +26,7 @@ ABORTED = (ConnectionAbortedError, InterruptedError, PermissionError, TimeoutErr
 class Listener:
     """One listening socket of this worker. Owns its descriptor."""
 
-    __slots__ = ("_accept", "_family", "admit", "gate", "loop", "name", "paused", "sock", "trouble")
+    __slots__ = ("_accept", "_family", "admit", "closed", "gate", "loop", "name", "sock", "trouble")
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Listener:
         self.name = name
         self.admit = admit
         self.trouble = trouble
-        self.paused = False
+        self.closed = False
         self._accept = self.sock._accept  # type: ignore[attr-defined]  # without making a Python-level socket each time
         self._family = self.sock.family
         # Level triggered: what a full batch leaves is reported again.
@@ -65,26 +65,29 @@ class Listener:
             except OSError as error:
                 if error.errno not in CAPACITY_ERRORS:
                     raise
-                self._pause(error)
+                self._pause(CAPACITY_PAUSE)
+                self.trouble(f"accepting is paused: {error.strerror}")
                 return False
             os.set_blocking(fd, False)
             admit(Client(gate, name, Socket(family, socket.SOCK_STREAM, 0, fd), peer))
         return True
 
-    def _pause(self, error: OSError) -> None:
+    def abort(self) -> None:
+        """The loop met an unexpected error here, and has told it. The listener stays, but does not spin."""
+        self._pause(1.0)
+
+    def _pause(self, seconds: float) -> None:
         """Waiting clients stay in the backlog; level-triggered readiness would spin meanwhile."""
-        self.paused = True
-        self.loop.modify(self.sock.fileno(), 0)
-        self.loop.later(CAPACITY_PAUSE, self._resume)
-        self.trouble(f"accepting is paused: {error.strerror}")
+        self.loop.remove(self.sock.fileno())
+        self.loop.later(seconds, self._resume)
 
     def _resume(self) -> None:
-        self.paused = False
-        if self.sock.fileno() >= 0:
-            self.loop.modify(self.sock.fileno(), select.EPOLLIN)
+        if not self.closed:
+            self.loop.add(self.sock.fileno(), self, select.EPOLLIN)
 
     def close(self, accept_waiting: bool) -> None:
         """Stop accepting. Clients in the backlog come in first, or are left to whoever else has the socket."""
         while accept_waiting and self._accept_batch():
             pass
+        self.closed = True
         self.loop.discard(self.sock)

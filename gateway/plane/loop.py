@@ -11,7 +11,6 @@ timers that are due.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import select
 import time
@@ -105,8 +104,10 @@ class Loop:
         """Stop watching a descriptor, which stays open. Idempotent."""
         if self.table.pop(fd, None) is not None:
             # Not left to close(2): a copy of the descriptor in another process would keep it in the epoll for ever.
-            with contextlib.suppress(OSError):
+            try:  # noqa: SIM105  # here and below: `try` is free, and this is part of each connection
                 self._epoll.unregister(fd)
+            except OSError:
+                pass
 
     def discard(self, sock: SocketType) -> None:
         """Stop watching a socket now and close it after this batch of events. Its descriptor is no longer the caller's.
@@ -130,14 +131,17 @@ class Loop:
 
     def run(self) -> None:
         """Work until `stop`. At rest it waits in epoll_wait without a timeout unless a timer is pending."""
+        poll, events = self._epoll.poll, self._events
         while not self._stopping:
-            self._close_discarded()
-            ready, timeout = self._soon, self._timeout()
+            if self._discarded:
+                self._close_discarded()
+            ready = self._soon
             if ready:
                 self._soon = []
-            self._events(self._epoll.poll(timeout, MAX_EVENTS))
-            if ready:
+                events(poll(0, MAX_EVENTS))
                 self._call(ready)
+            else:
+                events(poll(self._timeout() if self._timers else None, MAX_EVENTS))
             if self._timers:
                 self._call(self._due())
         self._close_discarded()
@@ -193,8 +197,7 @@ class Loop:
             self.remove(fd)
 
     def _timeout(self) -> float | None:
-        if self._soon:
-            return 0
+        """Seconds until the next timer."""
         timers = self._timers
         while timers and not timers[0][2].pending:
             heapq.heappop(timers)
@@ -223,12 +226,13 @@ class Loop:
             self._cancelled = 0
 
     def _close_discarded(self) -> None:
-        if self._discarded:
-            for sock in self._discarded:
-                # close(2) has released the descriptor even when it reports an error of the connection.
-                with contextlib.suppress(OSError):
-                    sock.close()
-            self._discarded.clear()
+        for sock in self._discarded:
+            # close(2) has released the descriptor even when it reports an error of the connection.
+            try:  # noqa: SIM105
+                sock.close()
+            except OSError:
+                pass
+        self._discarded.clear()
 
 
 def print_error(source: object, error: Exception) -> None:

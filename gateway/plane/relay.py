@@ -45,7 +45,7 @@ GONE = select.EPOLLHUP | select.EPOLLERR
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 SPLICE_MOST = 1 << 20  # more than a pipe holds: the pipe is the limit
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER with zero seconds: close(2) sends RST and drops what was not sent
-INET = (socket.AF_INET, socket.AF_INET6)
+INET = frozenset({int(socket.AF_INET), int(socket.AF_INET6)})
 
 _buffer = bytearray(SIZE)
 _view = memoryview(_buffer)
@@ -149,8 +149,26 @@ class End:
         if mask == select.EPOLLIN and self._hot:
             # A request or an answer on a warm connection. A short read on TCP means that the socket is drained; an end
             # of file that is not in this mask is a new edge. A Unix socket also stops a read at passed descriptors.
-            size = self._copy()
-            if size == SIZE or not size:
+            # These are `_copy` and `_hand_over` written out: two calls less, a tenth of the time spent in Python.
+            try:
+                size = self._receive(_buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                cut(self, reset=True)
+                return
+            if 0 < size < SIZE:
+                try:
+                    sent = self._send(_view[:size])
+                except BlockingIOError:
+                    sent = 0
+                except OSError:
+                    self._write_failed()
+                    return
+                self.moved += sent
+                if sent < size:
+                    self._keep(sent, size)
+            elif self._hand_over(size) >= 0:
                 self._pump()
             return
         if mask & select.EPOLLOUT:
@@ -217,6 +235,10 @@ class End:
         except OSError:
             cut(self, reset=True)
             return -1
+        return self._hand_over(size)
+
+    def _hand_over(self, size: int) -> int:
+        """Write what was read into the shared buffer; answers like `_copy`."""
         if not size:
             self._eof = True
             self._hot = False
@@ -231,11 +253,14 @@ class End:
             return -1
         self.moved += sent
         if sent < size:
-            # The rest has to move out of the shared buffer.
-            self._pending = memoryview(bytes(_view[sent:size]))
-            self._wait_for_peer()
+            self._keep(sent, size)
             return -1
         return size
+
+    def _keep(self, start: int, end: int) -> None:
+        """The peer did not take it all: the rest has to move out of the shared buffer."""
+        self._pending = memoryview(bytes(_view[start:end]))
+        self._wait_for_peer()
 
     def _splice_in(self, start: int) -> bool:
         """Fill the pipe, and say whether to go on; `start`: `moved` when this go began."""
@@ -325,8 +350,10 @@ class End:
         self._return_pipe()
         self.peer._shut = True
         # ENOTCONN: reset meanwhile, which is reported.
-        with contextlib.suppress(OSError):
+        try:  # noqa: SIM105  # `try` is free, and this is part of each connection
             self.peer.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
 
     def _write_failed(self, reset: bool = False) -> None:
         """The peer takes no more. What it said before still has to be delivered: an answer that came before the whole
@@ -380,9 +407,9 @@ def cut(end: End, reset: bool = False) -> None:
     end.over = peer.over = True
     loop = end._loop
     for side in (end, peer):
-        side._return_pipe()
         side._pending = None
-        side._hot = False
+        if side._pipe is not None:
+            side._return_pipe()
         if reset:
             # No effect on other families, which cannot say it. EINVAL: the connection is gone already.
             with contextlib.suppress(OSError):
@@ -391,6 +418,5 @@ def cut(end: End, reset: bool = False) -> None:
     try:
         end.owner.ended(end if end.client else peer)
     finally:
-        # Two Ends and two bound methods of each other's socket: without these cycles no garbage collector is needed.
-        for side in (end, peer):
-            del side.peer, side._receive, side._send
+        # The two know each other: without this cycle no garbage collector is needed.
+        del end.peer, peer.peer

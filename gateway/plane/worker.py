@@ -33,6 +33,9 @@ from gateway.plane.relay import join
 TRIES = 3
 """How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
 
+MOST_DIALS = 64
+"""Connects under way to one backend. Where more are needed it does not keep up: the others stay parked, and cost nothing."""
+
 TALLIES_IN_A_MESSAGE = 1000
 
 
@@ -44,15 +47,14 @@ class Worker:
         self.gates: dict[int, Gate] = {}
         self.listeners: dict[int, Listener] = {}
         self.settling = Settling(self.loop, self.settled)
+        self.letting_in = False
 
     # A connection
 
     def admit(self, client: Client) -> None:
         """A listener accepted a client."""
         gate = client.gate
-        if gate.connections >= gate.limits.connections:
-            gate.turn_away(client, "limits.connections")
-        elif gate.endpoints is None:
+        if gate.endpoints is None or gate.parked or gate.dialling >= MOST_DIALS:
             gate.park(client)
         else:
             self.connect(client)
@@ -61,6 +63,9 @@ class Worker:
         """The gate is open: dial the backend."""
         gate = client.gate
         assert gate.endpoints is not None
+        if gate.connections >= gate.limits.connections:
+            gate.turn_away(client, "limits.connections")
+            return
         where = gate.endpoints.get(client.listener) or gate.endpoints.get("")
         if where is None:
             gate.turn_away(client, f"endpoints: none for listener {client.listener!r}")
@@ -74,16 +79,31 @@ class Worker:
         gate = client.gate
         if upstream is not None:
             join(self.loop, client.sock, upstream, gate, client.registered)
-            return
-        gate.leave()
+        else:
+            gate.leave()
+            self.not_taken(client, why)
+        if gate.parked:
+            self.let_in(gate)
+
+    def not_taken(self, client: Client, why: str) -> None:
+        """It died a moment ago, perhaps. The client must not pay for that: it waits while the control plane looks."""
+        gate = client.gate
         if client.tries >= TRIES:
             gate.turn_away(client, why)
             return
-        # It died a moment ago, perhaps. The client must not pay for that: it waits while the control plane looks.
         if gate.endpoints is not None:
             gate.close()
             self.tell(say.Refused(gate.number, why))
         gate.park(client)
+
+    def let_in(self, gate: Gate) -> None:
+        """Connect the parked clients, first come first, as fast as the backend takes them."""
+        if self.letting_in:
+            return
+        self.letting_in = True
+        while gate.parked and gate.endpoints is not None and gate.dialling < MOST_DIALS:
+            self.connect(gate.unpark())
+        self.letting_in = False
 
     # Orders
 
@@ -113,11 +133,8 @@ class Worker:
             self.trouble(f"{gate.limits.name}: {error}")
             gate.reject()
             return
-        for client in gate.open(endpoints):
-            if gate.endpoints is None:  # a client before this one was refused
-                gate.park(client)
-            else:
-                self.admit(client)
+        gate.open(endpoints)
+        self.let_in(gate)
 
     def close(self, order: say.Close, fds: list[int]) -> None:
         gate = self.gates[order.backend]
