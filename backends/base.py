@@ -232,7 +232,8 @@ class Backend(ABC):
     async def serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
         """Run one instance with the connection as its stdin and stdout until it ends (Capability.ACCEPT).
 
-        The caller closes its copy of the connection. Cancelling kills the instance before it returns.
+        Takes the connection over, and closes it as soon as the instance has its own copy: the client must see the end
+        when the instance closes it. Cancelling kills the instance before it returns.
         """
         raise NotImplementedError
 

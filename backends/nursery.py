@@ -300,6 +300,7 @@ def _place(fds: Sequence[int], order: Spawn, lowest: int) -> None:
 
 def _mark(mark: int) -> None:
     _, hard = resource.getrlimit(RLIMIT_LOCKS)
+    # Where an administrator lowered it there is no room for a mark: then only the group is sure to be found.
     if hard == resource.RLIM_INFINITY:
         resource.setrlimit(RLIMIT_LOCKS, (mark, hard))
 
@@ -440,12 +441,11 @@ class Nursery:
 
     def signal(self, child: Child, number: int) -> None:
         if child.result is None:  # so the number is its own, alive or zombie
-            try:
-                os.killpg(child.pid, number)
-            except ProcessLookupError:  # not yet in its own group
-                os.kill(child.pid, number)
-            except PermissionError:  # pragma: no cover - it became somebody whom we may not signal
-                pass
+            with contextlib.suppress(PermissionError):  # it became somebody whom we may not signal
+                try:
+                    os.killpg(child.pid, number)
+                except ProcessLookupError:  # not yet in its own group
+                    os.kill(child.pid, number)
 
     def reap(self) -> None:
         """Collect all dead children, adopted ones too."""
@@ -478,7 +478,8 @@ class Nursery:
             serial = mark & 0xFFFFFFFF
             owner = self.running.get(serial)
             if owner is None or owner.result is not None:
-                os.kill(pid, signal.SIGKILL)  # our own child, not reaped: the number is still its own
+                with contextlib.suppress(PermissionError):
+                    os.kill(pid, signal.SIGKILL)  # our own child, not reaped: the number is still its own
                 left.add(serial)
         for child in dead:
             # The start is concluded first, so that no end is reported of what was never started.

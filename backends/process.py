@@ -259,6 +259,10 @@ class Process(Backend):
 
     async def serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
         """One instance; its stderr goes to the output. The connection becomes a blocking one."""
+        with connection:
+            return await self._serve(connection, environment)
+
+    async def _serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
         lines = Output()
         lines.listen(self.output.line)
         pipe = open_pipe(lines)
@@ -267,6 +271,7 @@ class Process(Backend):
             launch = await self._launch(environment)
             stream = connection.fileno()
             child = self.setup.shared.get(Spawner).spawn(launch, stdin=stream, stdout=stream, stderr=pipe.writer)
+            connection.close()  # the instance has its own: the client sees the end when that is closed
             pipe.close_writer()
             await child.started()
             return await child.wait()

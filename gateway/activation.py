@@ -408,7 +408,7 @@ class Activation:
             log.info("asleep: it ended by itself after %s", Duration(uptime), extra=self._who)
         else:
             self.last_error = f"died: {exit}"
-            lines = "".join(f"\n    {line}" for line in self.backend.output.tail(5))
+            lines = "".join(f"\n    {line}" for line in self.backend.output.fresh(5))
             log.warning("died after %s: %s%s", Duration(uptime), exit, lines, extra=self._who)
         self._to(Event.DIED)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,11 +144,11 @@ class Api:
 
     async def hold(self, request: web.Request) -> web.Response:
         seconds = request.query.get("seconds")
-        self.server.hold(request.match_info["name"], None if seconds is None else _seconds(seconds))
+        await self.server.hold(request.match_info["name"], None if seconds is None else _seconds(seconds))
         return _json({"message": "held"})
 
     async def release(self, request: web.Request) -> web.Response:
-        self.server.release(request.match_info["name"])
+        await self.server.release(request.match_info["name"])
         return _json({"message": "released"})
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
@@ -186,9 +185,3 @@ async def _stream(request: web.Request, content_type: str, chunks: AsyncIterator
         async for chunk in chunks:
             await response.write(chunk)
     return response
-
-
-def default_path() -> str:
-    """Where the admin socket is when the configuration does not say: `/run/dormant` for root, else the runtime directory."""
-    runtime = "/run" if os.geteuid() == 0 else os.environ.get("XDG_RUNTIME_DIR", f"/tmp/dormant-{os.geteuid()}")
-    return os.path.join(runtime, "dormant", "admin.sock")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -138,17 +139,15 @@ def activate(
     backend: dict[str, Any] = {
         "driver": "process",
         "command": list(command),
-        "listen": [
-            address if ":" in address and not address[0].isdigit() else f"tcp://{address}" for address in addresses
-        ],
+        "listen": [_address(address) for address in addresses],
         "delivery": delivery or ("relay" if endpoint else "pass"),
         "idle": str(idle),
     }
-    backend |= {"endpoint": endpoint} if endpoint else {}
+    backend |= {"endpoint": _address(endpoint)} if endpoint else {}
     backend |= {"ready": ready} if ready else {}
-    runtime = Path(config.default_admin()).parent
+    private = Path(config.default_admin()).with_name(f"activate-{os.getpid()}")  # its holds are not for the next one
     document = {
-        "gateway": {"admin": admin or str(runtime / f"activate-{os.getpid()}.sock"), "state_directory": str(runtime)},
+        "gateway": {"admin": admin or f"{private}.sock", "state_directory": str(private)},
         "backends": {name: backend},
     }
 
@@ -160,6 +159,15 @@ def activate(
     except config.ConfigError as error:
         raise click.ClickException(str(error)) from error
     _serve(loaded, read, log, log_level)
+
+
+def _address(text: str) -> str:
+    """What systemd-socket-activate takes as well: a bare port, HOST:PORT, a path or @NAME."""
+    if re.match(r"[a-z-]+:\D", text):
+        return text
+    if text.startswith(("/", "./", "@")):
+        return f"unix:{text}"
+    return f"tcp://*:{text}" if text.isdigit() else f"tcp://{text}"
 
 
 # Commands to a gateway that runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -43,7 +44,7 @@ class Client:
 
     async def order(self, name: str, verb: str, **query: str) -> str:
         """`start`, `stop`, `hold`, `release` a backend."""
-        return self._message(await self._ask("POST", f"/v1/backends/{name}/{verb}", list(query.items())))
+        return self._message(await self._ask("POST", f"{_path(name)}/{verb}", list(query.items())))
 
     async def events(self) -> AsyncIterator[StateChange]:
         """Each change of a state from now on."""
@@ -51,7 +52,7 @@ class Client:
             yield msgspec.json.decode(line, type=StateChange)
 
     async def logs(self, name: str, follow: bool) -> AsyncIterator[str]:
-        async for line in self._lines(f"/v1/backends/{name}/logs", follow="1" if follow else "0"):
+        async for line in self._lines(f"{_path(name)}/logs", follow="1" if follow else "0"):
             yield line.decode(errors="replace").rstrip("\n")
 
     async def _ask(self, method: str, path: str, query: list[tuple[str, str]] | None = None) -> bytes:
@@ -75,12 +76,18 @@ class Client:
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: Exception) -> AdminError:
-        return AdminError(f"no gateway answers at {self.path} ({error}); is it running? --socket names another one")
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return AdminError(f"no gateway answers at {self.path} ({why}); is it running? --socket names another one")
 
     @staticmethod
     def _message(body: bytes) -> str:
         answer: dict[str, Any] = msgspec.json.decode(body)
         return str(answer["message"])
+
+
+def _path(name: str) -> str:
+    """Whatever the name holds, it is one segment of the path."""
+    return f"/v1/backends/{quote(name, safe='')}"
 
 
 def _reason(body: bytes) -> str:

@@ -11,35 +11,49 @@ from typing import Any
 
 from backends.endpoint import Endpoint, Tcp, Unix
 
-ESTABLISHED, SYN_RECV, CLOSE_WAIT = 1, 3, 8
-IN_USE = 1 << ESTABLISHED | 1 << SYN_RECV | 1 << CLOSE_WAIT
-"""States (tcp_states.h) in which the server still has something to do. CLOSE_WAIT: the client ended its sending only."""
+# tcp_states.h
+ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT = 1, 3, 4, 5, 8
+FINISHED = (FIN_WAIT1, FIN_WAIT2)
+"""The server ended its sending: it may still receive, or it has closed the connection and only the kernel is left."""
+IN_USE = sum(1 << state for state in (ESTABLISHED, SYN_RECV, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT))
+"""States in which the server may still have something to do. CLOSE_WAIT: the client ended its sending only."""
 
 
 def connections(listening: Iterable[Endpoint]) -> int:
     """Connections accepted from these sockets, or waiting in their backlogs. Datagram sockets have none.
 
-    Of vsock the kernel tells nothing here; such a socket counts as unused.
+    Of vsock the kernel tells nothing here; such a socket counts as unused. Raises OSError.
     """
-    from pyroute2 import DiagSocket  # takes a fifth of a second: only when a handed-over socket is in use
+    # Takes a fifth of a second: only when a handed-over socket is in use.
+    from pyroute2 import DiagSocket
+    from pyroute2.netlink.exceptions import NetlinkError
 
+    try:
+        with DiagSocket() as diagnostics:
+            return _count(diagnostics, listening)
+    except NetlinkError as error:
+        raise OSError(error.code, str(error)) from error
+
+
+def _count(diagnostics: Any, listening: Iterable[Endpoint]) -> int:
     count = 0
-    with DiagSocket() as diagnostics:
-        for endpoint in listening:
-            if isinstance(endpoint, Tcp):
-                count += sum(
-                    _accepted_from(endpoint, found)
-                    for family in (socket.AF_INET, socket.AF_INET6)
-                    for found in diagnostics.get_sock_stats(family=family, states=IN_USE, sport=endpoint.port)
-                )
-            elif isinstance(endpoint, Unix):
-                found_unix = diagnostics.get_sock_stats(family=socket.AF_UNIX, states=1 << ESTABLISHED)
-                count += sum(_name(found) == endpoint.sockaddr for found in found_unix)
+    for endpoint in listening:
+        if isinstance(endpoint, Tcp):
+            count += sum(
+                _accepted_from(endpoint, found)
+                for family in (socket.AF_INET, socket.AF_INET6)
+                for found in diagnostics.get_sock_stats(family=family, states=IN_USE, sport=endpoint.port)
+            )
+        elif isinstance(endpoint, Unix):
+            found_unix = diagnostics.get_sock_stats(family=socket.AF_UNIX, states=1 << ESTABLISHED)
+            count += sum(_name(found) == endpoint.sockaddr for found in found_unix)
     return count
 
 
 def _accepted_from(endpoint: Tcp, found: Any) -> bool:
     if found["idiag_sport"] != endpoint.port:
+        return False
+    if found["idiag_state"] in FINISHED and not found["idiag_inode"]:  # closed: no descriptor refers to it
         return False
     if endpoint.host in ("*", "::", "0.0.0.0"):
         return True

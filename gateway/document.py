@@ -35,11 +35,11 @@ _WORDS: dict[str, Any] = {
 _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
 _OCTAL = re.compile(r"0o?([0-7]{1,30})")
 _HEXADECIMAL = re.compile(r"0x([0-9a-fA-F]{1,30})")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
 _REFERENCE = re.compile(r"\$\$|\$\{([^}]*)(\}?)")
 _VARIABLE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-([^{]*))?")
 _TAG = "tag:yaml.org,2002:"
-_KINDS = {dict: "a mapping", list: "a list"}
+_UNREADABLE = {errno.ENOENT: "does not exist", errno.EISDIR: "is a directory; allowed: a YAML file"}
 
 
 class DocumentError(Exception):
@@ -61,18 +61,14 @@ def read(path: Path) -> str:
     """The text of a file. Raises DocumentError."""
     try:
         # Not blocking: a FIFO among the included files must not hold up a reload.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise DocumentError("is a directory; allowed: a YAML file")
-            if not stat.S_ISREG(mode):
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DocumentError("is not a regular file; allowed: a YAML file")
             data = file.read(LARGEST_FILE + 1)
     except ValueError as error:  # a NUL in the path
         raise DocumentError(f"cannot be read: {error}") from error
     except OSError as error:
-        what = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
-        raise DocumentError(what) from error
+        raise DocumentError(_UNREADABLE.get(error.errno or 0) or f"cannot be read: {error.strerror}") from error
     if len(data) > LARGEST_FILE:
         raise DocumentError(f"is larger than {LARGEST_FILE >> 20} MiB")
     if b"\0" in data:

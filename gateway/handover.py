@@ -28,6 +28,7 @@ SHORTEST_LOOK, LONGEST_LOOK = 0.2, 5.0
 """Seconds between two looks at the connections of an awake backend; the kernel has no event for the last one's end."""
 
 CAPACITY_PAUSE = 0.05  # seconds without accepting when descriptors run out
+LIMIT_LOG_GAP = 1.0  # seconds between two reports that the limit is reached
 
 
 class PassGate:
@@ -35,6 +36,7 @@ class PassGate:
 
     def __init__(
         self,
+        name: str,
         sockets: Sequence[PassedSocket],
         idle_after: float | None,
         wake: Callable[[str], None],
@@ -42,19 +44,21 @@ class PassGate:
         quiet: Callable[[float], None],
     ) -> None:
         self.sockets = sockets
+        self._name = name
         self._endpoints = [of_socket(passed.socket) for passed in sockets]
         self.connections = 0
         """as of the last look"""
         self._wake, self._busy, self._quiet = wake, busy, quiet
         self._loop = asyncio.get_running_loop()
-        self._armed = False
-        self._removed = False
+        self._armed = self._open = self._removed = False
+        self._blind = False
         self._looking: asyncio.Task[None] | None = None
         self.adjust(idle_after)
 
     def adjust(self, idle_after: float | None) -> None:
-        """The idle policy decides how closely its connections are looked at; without one, nobody looks."""
+        """The idle policy decides how closely its connections are looked at; without one (None), nobody looks."""
         self._look_gap = None if idle_after is None else min(max(idle_after / 10, SHORTEST_LOOK), LONGEST_LOOK)
+        self._look_on()
 
     def arm(self) -> None:
         if not self._armed and not self._removed:
@@ -74,15 +78,17 @@ class PassGate:
 
     def open(self, endpoints: Mapping[str, Endpoint]) -> None:
         self._disarm()
-        if self._looking is None:
-            self._looking = self._loop.create_task(self._look(), name="connections of handed-over sockets")
+        self._open = True
+        self._look_on()
 
     async def close(self) -> int:
         """How many connections it has. The gate itself cannot be closed: the backend goes on accepting until it ends."""
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
-        return await self._count()
+        self._open = False
+        self._look_on()
+        left = await self._count()
+        if left:
+            self._busy()  # the next look, once it is open again, may be seconds away
+        return left
 
     def reject(self, reason: str) -> None:
         """Clients stay in the backlog: they are served when the backend starts after all."""
@@ -93,20 +99,39 @@ class PassGate:
         self._removed = True
 
     async def _count(self) -> int:
-        self.connections = await asyncio.to_thread(diagnostics.connections, self._endpoints)
-        return self.connections
+        """Ask the kernel. As long as it cannot be asked, the backend counts as used: nobody must be cut off for that."""
+        try:
+            self.connections = await asyncio.to_thread(diagnostics.connections, self._endpoints)
+            self._blind = False
+        except OSError as error:
+            if not self._blind:
+                log.warning(
+                    "connections cannot be counted, so it stays awake: %s", error, extra={"backend": self._name}
+                )
+            self._blind = True
+        return max(self.connections, 1) if self._blind else self.connections
 
-    async def _look(self) -> None:
-        used = False
-        while self._look_gap is not None:
+    def _look_on(self) -> None:
+        """Look at the connections from now on, or no more."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+        if self._open and self._look_gap is not None:
+            name = f"connections of {self._name}"
+            self._looking = self._loop.create_task(self._look(self._look_gap), name=name)
+
+    async def _look(self, gap: float) -> None:
+        used: bool | None = None  # not known: the first look always tells
+        while True:
             before = self._loop.time()
-            if bool(await self._count()) != used:
-                used = not used
+            now = await self._count() > 0
+            if now is not used:
+                used = now
                 if used:
                     self._busy()
                 else:
                     self._quiet(before)
-            await asyncio.sleep(self._look_gap)
+            await asyncio.sleep(gap)
 
 
 class Instances:
@@ -124,9 +149,12 @@ class Instances:
         self.last_error = ""
         self._loop = asyncio.get_running_loop()
         self._running: set[asyncio.Task[None]] = set()
+        self._open = False
+        """whether clients are let in at all"""
         self._accepting = False
+        """whether one could come in now: not at the limit, not while descriptors are lacking"""
         self._pause: asyncio.TimerHandle | None = None
-        self._limit_told = False
+        self._limit_told = -LIMIT_LOG_GAP
 
     @property
     def count(self) -> int:
@@ -138,17 +166,31 @@ class Instances:
 
     def listen(self) -> None:
         """Accept from now on."""
+        self._open = True
+        self._resume()
+
+    def unlisten(self) -> None:
+        """Accept no more; what runs goes on."""
+        self._open = False
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
+        self._hold_up()
+
+    def adjust(self, config: BackendConfig) -> None:
+        """Go on with other limits."""
+        self.config = config
+        self._resume()
+
+    def _resume(self) -> None:
         self._pause = None
-        if not self._accepting:
+        if self._open and not self._accepting and len(self._running) < self.config.limits.connections:
             self._accepting = True
             for passed in self.sockets:
                 self._loop.add_reader(passed.socket, self._accept, passed.socket)
 
-    def unlisten(self) -> None:
-        """Accept no more; what runs goes on."""
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
+    def _hold_up(self) -> None:
+        """Clients wait in the backlog."""
         if self._accepting:
             self._accepting = False
             for passed in self.sockets:
@@ -161,8 +203,8 @@ class Instances:
             return
         except OSError as error:
             log.warning("accepting is paused: %s", error.strerror, extra=self._who)
-            self.unlisten()
-            self._pause = self._loop.call_later(CAPACITY_PAUSE, self.listen)
+            self._hold_up()
+            self._pause = self._loop.call_later(CAPACITY_PAUSE, self._resume)
             return
         connection.setblocking(True)  # what a program expects of its stdin
         self.total += 1
@@ -174,22 +216,21 @@ class Instances:
         task.add_done_callback(self._ended)
         self._changed()
         if len(self._running) >= self.config.limits.connections:
-            self.unlisten()
-            if not self._limit_told:
-                self._limit_told = True
+            self._hold_up()
+            if self._loop.time() - self._limit_told >= LIMIT_LOG_GAP:
+                self._limit_told = self._loop.time()
                 log.warning("limits.connections: new clients wait in the backlog", extra=self._who)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._changed()
-        if self._limit_told and len(self._running) < self.config.limits.connections:
-            self._limit_told = False
-            self.listen()
+        if self._pause is None:
+            self._resume()
 
     async def _serve(self, connection: socket.socket, environment: Mapping[str, str], source: str) -> None:
         begun = self._loop.time()
         log.info("instance for %s starts", source, extra=self._who)
-        with connection:
+        with connection:  # the driver closes it; this is for a task that is cancelled before it begins
             try:
                 exit = await self.backend.serve(connection, environment)
             except (BackendError, OSError) as error:

@@ -5,6 +5,7 @@ Wall-clock time is right here: it is the only clock that two runs of the gateway
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -22,9 +23,10 @@ class Holds:
     def __init__(self, directory: str) -> None:
         self._path = Path(directory, "holds.json")
         self._until: dict[str, float | None] = {}
+        self._saving = asyncio.Lock()
 
     def load(self) -> dict[str, float | None]:
-        """Read the file: backend name -> seconds that are left, None: until released. A broken file is said and ignored."""
+        """Read the file, which blocks: backend name -> seconds that are left, None: until released. A broken file is said and ignored."""
         try:
             self._until = msgspec.json.decode(self._path.read_bytes(), type=dict[str, float | None])
         except FileNotFoundError:
@@ -36,20 +38,24 @@ class Holds:
         self._until = {name: until for name, until in self._until.items() if until is None or until > now}
         return {name: None if until is None else until - now for name, until in self._until.items()}
 
-    def set(self, name: str, seconds: float | None) -> None:
-        """Note a hold for so long; None: until released."""
+    async def set(self, name: str, seconds: float | None) -> None:
+        """Note a hold for so long; None: until released. Returns when it is on the disk."""
         self._until[name] = None if seconds is None else _now() + seconds
-        self._save()
+        await self._save()
 
-    def remove(self, name: str) -> None:
+    async def remove(self, name: str) -> None:
         if self._until.pop(name, math.nan) is not math.nan:
-            self._save()
+            await self._save()
 
-    def _save(self) -> None:
+    async def _save(self) -> None:
+        async with self._saving:
+            await asyncio.to_thread(self._write, msgspec.json.encode(self._until))
+
+    def _write(self, data: bytes) -> None:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             fresh = self._path.with_suffix(".new")
-            fresh.write_bytes(msgspec.json.encode(self._until))
+            fresh.write_bytes(data)
             os.replace(fresh, self._path)
         except OSError as error:
             log.warning("holds are not kept over a restart: %s", error)

@@ -187,7 +187,7 @@ def _explain(kind: Any, said: Any, value: Any, error: msgspec.ValidationError) -
     why = str(error.__cause__ or "")  # of a type that parses itself
     if why and not (kind in units.UNITS and why.endswith(kind.expected)):
         return why
-    hint = ", in quotes it is text" if kind is str and isinstance(value, (bool, int, float)) else ""
+    hint = " (write it in quotes)" if said in (str, str | None) and isinstance(value, (bool, int, float)) else ""
     return f"found {show(value)}; allowed: {words(said)}{hint}"
 
 

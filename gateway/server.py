@@ -94,7 +94,7 @@ class Server:
                 self.spawn(service.activation.adopt(), f"adoption of {service.name}")
         for name, seconds in self.holds.load().items():
             if name in self.services and self.services[name].activation:
-                self.hold(name, seconds)
+                self.services[name].lives().hold(seconds)
 
     async def _drain(self) -> None:
         """Close the doors, let live connections end, for at most `gateway.drain` or until a second signal."""
@@ -256,14 +256,14 @@ class Server:
         except KeyError:
             raise UnknownBackend(name) from None
 
-    def hold(self, name: str, seconds: float | None) -> None:
+    async def hold(self, name: str, seconds: float | None) -> None:
         """Wake it and keep it awake for so many seconds; None: until released."""
         self.find(name).lives().hold(seconds)
-        self.holds.set(name, seconds)
+        await self.holds.set(name, seconds)
 
-    def release(self, name: str) -> None:
+    async def release(self, name: str) -> None:
         self.find(name).lives().release()
-        self.holds.remove(name)
+        await self.holds.remove(name)
 
     async def status(self, names: Sequence[str] | None = None) -> GatewayStatus:
         """Everything about these backends, or all."""

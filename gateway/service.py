@@ -80,7 +80,7 @@ class Service:
             self.instances = Instances(config, self.backend, passed, self._changed)
             return
         if config.delivery is Delivery.PASS:
-            self._gate = PassGate(passed, config.idle.after, self.wake, self._busy, self._quiet)
+            self._gate = PassGate(config.name, passed, config.idle.after, self.wake, self._busy, self._quiet)
         else:
             self._gate = RelayGate(number, environment.workers)
         self.activation = Activation(config, self.backend, self._gate, self._changed)
@@ -137,6 +137,8 @@ class Service:
 
     def retire(self) -> None:
         """Sleep as soon as nobody uses it."""
+        if isinstance(self._gate, PassGate):
+            self._gate.adjust(0.0)
         if self.activation is not None:
             self.activation.retire()
 
@@ -165,7 +167,7 @@ class Service:
         """Take on new limits, timeouts and idle policy."""
         self.config = config
         if self.instances is not None:
-            self.instances.config = config
+            self.instances.adjust(config)
         if isinstance(self._gate, RelayGate):
             self.environment.workers.serve(self.number, config)
         if isinstance(self._gate, PassGate):

@@ -49,7 +49,7 @@ def command(*arguments: object) -> list[str]:
 
 def parse(words):
     """argparse would double the time to start."""
-    options = {name: False for name in FLAGS} | {name: None for name in VALUES} | {name: [] for name in REPEATABLE}
+    options = dict.fromkeys(FLAGS, False) | dict.fromkeys(VALUES) | {name: [] for name in REPEATABLE}
     words = iter(words)
     for word in words:
         name = word.removeprefix("--")
@@ -210,7 +210,9 @@ class Server:
         if self.options["http"]:
             if b"\r\n\r\n" in received:
                 body = b"hello %d\n" % os.getpid()
-                head = f"HTTP/1.1 {self.options['http']} Mimic\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                head = (
+                    f"HTTP/1.1 {self.options['http']} Mimic\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                )
                 client.sendall(head.encode() + body)
                 self.drop(fd)
             elif not data:

@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import stat
-import threading
 from pathlib import Path
 
 import pytest
@@ -282,7 +281,7 @@ def test_the_owner_of_a_unix_socket_is_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["owner", "group"])
 def test_an_unknown_owner_is_an_error_and_leaves_nothing(option: str, tmp_path: Path) -> None:
-    with pytest.raises(AddressError, match="there is no .* 'nobody-at-all'"):
+    with pytest.raises(AddressError, match=r"there is no .* 'nobody-at-all'"):
         bind(parse(f"unix:a.sock?{option}=nobody-at-all", tmp_path))
     assert not os.path.lexists(tmp_path / "a.sock")
 
@@ -302,9 +301,9 @@ def test_names_are_resolved_to_numbers() -> None:
     assert resolve(Unix("/a")) == [Unix("/a")]
 
 
-@pytest.mark.parametrize("host", ["256.1.1.1.", "ä" * 63 + ".invalid"])
+@pytest.mark.parametrize("host", ["fe80::1%nosuchif", "ä" * 63 + ".invalid"])
 def test_a_name_that_does_not_resolve_is_an_error(host: str) -> None:
-    with pytest.raises(AddressError, match=r"tcp://.*:80: "):
+    with pytest.raises(AddressError, match=r"^tcp://.*:80: ."):
         resolve(Tcp(host, 80))
 
 
@@ -328,20 +327,3 @@ def test_a_failed_bind_leaves_no_descriptor(tmp_path: Path) -> None:
         with pytest.raises((OSError, AddressError)):
             bind(parse(text, tmp_path))
     assert set(os.listdir("/proc/self/fd")) == before
-
-
-def test_many_binders_of_one_stale_file_end_with_one_listener(tmp_path: Path) -> None:
-    endpoint = parse("unix:a.sock", tmp_path)
-    with contextlib.closing(bind(endpoint)) as first:
-        bound: list[socket.socket] = []
-
-        def attempt() -> None:
-            with contextlib.suppress(OSError):
-                bound.append(bind(endpoint))
-
-        threads = [threading.Thread(target=attempt) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert bound == [], f"{first} was pushed aside"

@@ -197,5 +197,3 @@ def test_a_command_may_be_written_in_several_ways(make: Make, written: object) -
 def test_bad_options_are_refused(make: Make, options: dict[str, Any], message: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=message):
         make(**options)
-
-

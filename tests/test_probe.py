@@ -170,14 +170,14 @@ from backends.output import Output
 from backends.probe import Connect, Probed, wait
 
 async def main():
-    troubles = set()
+    troubles = []
     endpoint = Tcp("127.0.0.1", 40000)
-    waiting = asyncio.create_task(wait(Connect(), Probed({"": endpoint}, Output(), Path("/"), report=troubles.add)))
+    waiting = asyncio.create_task(wait(Connect(), Probed({"": endpoint}, Output(), Path("/"), report=troubles.append)))
     async with asyncio.timeout(20):
-        while len(troubles) < 2:
+        while len(troubles) < 5:
             await asyncio.sleep(0)
             assert not waiting.done(), "it took itself for the backend"
-        print(sorted(troubles))
+        print(*set(troubles), sep="; ")
         with bind(endpoint):
             await waiting
     print("ready")
@@ -195,10 +195,7 @@ async def test_a_connection_to_itself_is_no_answer() -> None:
     if "Operation not permitted" in done.stderr and "unshare" in done.stderr:
         pytest.skip("no right to make a network namespace")
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [
-        "['tcp://127.0.0.1:40000: Connection refused', 'tcp://127.0.0.1:40000: nobody listens']",
-        "ready",
-    ]
+    assert done.stdout.splitlines() == ["tcp://127.0.0.1:40000: nobody listens", "ready"]
 
 
 async def test_the_port_of_a_guest_is_asked_for_through_its_vmm(tmp_path: Path) -> None:
@@ -222,9 +219,8 @@ async def test_the_port_of_a_guest_is_asked_for_through_its_vmm(tmp_path: Path) 
     assert troubles == [f"{endpoint}: the guest does not listen"] * 2
 
 
-@pytest.mark.slow
 async def test_readiness_is_seen_soon(tmp_path: Path) -> None:
-    """Half of the time a backend took already is the most that may be lost; here it is far less."""
+    """About a tenth of the time that it took is lost at most; what is asked for here leaves room for a busy machine."""
     loop = asyncio.get_running_loop()
     for after in (0.01, 0.03, 0.1):
         endpoint = Unix(str(tmp_path / f"after{after}"))
@@ -254,7 +250,7 @@ async def test_http_waits_for_the_status(start: Start, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("readiness", "status", "enough"),
-    [(Http("/h"), 503, False), (Http("/h"), 404, False), (Http("/h", 404), 404, True), (Http("/h", 200), 204, False)],
+    [(Http("/h"), 503, False), (Http("/h"), 404, False), (Http("/h", 404), 404, True), (Http("/h", 200), 201, False)],
 )
 async def test_http_is_particular_about_the_status(
     start: Start, tmp_path: Path, readiness: Http, status: int, enough: bool
@@ -373,14 +369,22 @@ async def test_what_can_never_work_fails_at_once(tmp_path: Path, start: Start) -
     with pytest.raises(probe.Impossible, match="`notify` is not possible with this driver"):
         await probe.wait(Notify(), probed(tmp_path))
     backend = await start("--never-ready", readiness=Http(), _=parse("udp://127.0.0.1:1"))
-    with pytest.raises(StartFailed, match="`http` is not possible at udp://127.0.0.1:1"):
+    with pytest.raises(StartFailed, match=r"`http` is not possible at udp://127\.0\.0\.1:1"):
         await asyncio.wait_for(backend.ready(), PATIENCE)
     await backend.stop(PATIENCE)
 
 
 @pytest.mark.parametrize(
     "readiness",
-    [Connect(), Http(), Exec(Command(["false"])), Exec(Command(["sleep", "1000"])), Notify(), Log("x"), Delay(Duration(99))],
+    [
+        Connect(),
+        Http(),
+        Exec(Command(["false"])),
+        Exec(Command(["sleep", "1000"])),
+        Notify(),
+        Log("x"),
+        Delay(Duration(99)),
+    ],
 )
 async def test_death_ends_every_wait_at_once(start: Start, tmp_path: Path, readiness: Readiness) -> None:
     endpoint = Unix(str(tmp_path / "s"))

@@ -316,7 +316,9 @@ async def test_systemd_notify_of_a_shell_script_is_heard(make: Make) -> None:
 
 
 async def test_a_sender_that_is_gone_already_is_known_by_its_user(make: Make) -> None:
-    send = 'import os,socket; s=socket.socket(1,2); s.connect("\\0"+os.environ["NOTIFY_SOCKET"][1:]); s.send(b"READY=1")'
+    send = (
+        'import os,socket; s=socket.socket(1,2); s.connect("\\0"+os.environ["NOTIFY_SOCKET"][1:]); s.send(b"READY=1")'
+    )
     script = f"{mimic.command()[0]} -I -S -c '{send}'; echo sent; exec sleep 1000"
     backend = make(["/bin/sh", "-c", script], Notify())
     await backend.start()

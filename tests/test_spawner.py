@@ -185,10 +185,10 @@ async def test_the_helper_keeps_no_descriptor_and_no_process(shared: Shared) -> 
     await first.start()
     await asyncio.wait_for(first.wait(), PATIENCE)
     before = len(os.listdir(f"/proc/{helper()}/fd"))
-    backends = [process(shared, "--exit-after", 0, "--daemonize-child") for _ in range(20)]
-    backends += [Process(ProcessOptions(command=Command(["/none"])), backends[0].setup) for _ in range(20)]
+    backends = [process(shared, "--exit-after", 0, "--daemonize-child") for _ in range(8)]
+    backends += [Process(ProcessOptions(command=Command(["/none"])), backends[0].setup) for _ in range(8)]
     results = await asyncio.gather(*(backend.start() for backend in backends), return_exceptions=True)
-    assert [type(result) for result in results] == [type(None)] * 20 + [StartFailed] * 20
+    assert [type(result) for result in results] == [type(None)] * 8 + [StartFailed] * 8
     await asyncio.wait_for(asyncio.gather(*(backend.wait() for backend in backends)), PATIENCE)
     eventually(lambda: children(helper()) == [], "all reaped")
     assert len(os.listdir(f"/proc/{helper()}/fd")) == before

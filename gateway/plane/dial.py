@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from backends.endpoint import Endpoint, Inet, Inherited, Tcp, VsockMux
 from gateway.plane.gate import Client
 from gateway.plane.loop import Loop, Timer
+from gateway.plane.relay import RESET
 
 CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 FIRST_RETRY = 0.002  # seconds
@@ -38,6 +39,8 @@ class Target(NamedTuple):
     """on this machine"""
     mux_port: int | None
     """the guest's port to ask for, vsock-mux"""
+    may_meet_itself: bool
+    """when nobody listens, the kernel may take this very port as our own and connect us to ourselves, tcp(7)"""
 
 
 def target(endpoint: Endpoint) -> Target:
@@ -46,7 +49,15 @@ def target(endpoint: Endpoint) -> Target:
         raise ValueError(f"{endpoint} cannot be dialled")
     near = isinstance(endpoint, Inet) and (endpoint.host.startswith("127.") or endpoint.host == "::1")
     mux_port = endpoint.port if isinstance(endpoint, VsockMux) else None
-    return Target(endpoint.family, endpoint.sockaddr, isinstance(endpoint, Tcp), near, mux_port)
+    may_meet_itself = near and isinstance(endpoint, Tcp) and endpoint.port in _own_ports()
+    return Target(endpoint.family, endpoint.sockaddr, isinstance(endpoint, Tcp), near, mux_port, may_meet_itself)
+
+
+def _own_ports() -> range:
+    """The ports that the kernel gives to sockets that connect, ip(7)."""
+    with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+        first, last = map(int, file.read().split())
+    return range(first, last + 1)
 
 
 def dial(loop: Loop, client: Client, where: Target, outcome: Outcome) -> None:
@@ -69,6 +80,9 @@ def attempt(where: Target) -> tuple[Socket | None, int]:
     code = sock.connect_ex(where.address)
     if code == errno.EINPROGRESS and connected(sock):
         code = 0
+    if code == 0 and where.may_meet_itself and sock.getsockname() == sock.getpeername():
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)  # TIME_WAIT would keep the backend off its port
+        code = errno.ECONNREFUSED
     if code not in (0, errno.EINPROGRESS):
         sock.close()
         return None, code
