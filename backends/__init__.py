@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,15 +27,12 @@ class DriverMissing(ValueError):
 
 def names() -> list[str]:
     """Every driver that can be named in a configuration."""
-    return sorted({*DRIVERS, *(point.name for point in entry_points(group=ENTRY_POINTS))})
+    return sorted({*DRIVERS, *_outside()})
 
 
 def load(name: str) -> type[Backend]:
     """The class of a driver, imported on first use. Raises DriverMissing; an error inside its code is raised as it is."""
-    path = DRIVERS.get(name)
-    if path is None:
-        for point in entry_points(group=ENTRY_POINTS, name=name):
-            path = point.value
+    path = DRIVERS.get(name) or _outside().get(name)
     if path is None:
         raise DriverMissing(f"unknown driver {name!r}")
     module, _, attribute = path.partition(":")
@@ -48,3 +44,10 @@ def load(name: str) -> type[Backend]:
             raise
         raise DriverMissing(f"driver {name!r} needs {error.name}: pip install 'dormant[{extra}]'") from error
     return driver
+
+
+def _outside() -> dict[str, str]:
+    """The drivers of other distributions: name -> module:class."""
+    from importlib.metadata import entry_points  # a third of a worker's start, which never asks
+
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}

@@ -26,7 +26,10 @@ class Holds:
         self._saving = asyncio.Lock()
 
     def load(self) -> dict[str, float | None]:
-        """Read the file, which blocks: backend name -> seconds that are left, None: until released. A broken file is said and ignored."""
+        """Read the file, which blocks: backend name -> seconds that are left, None: until released.
+
+        A broken file is said and ignored.
+        """
         try:
             self._until = msgspec.json.decode(self._path.read_bytes(), type=dict[str, float | None])
         except FileNotFoundError:

@@ -206,6 +206,7 @@ class Service:
             except (TimeoutError, BackendError, OSError) as error:
                 log.debug("usage is not known: %s", error, extra={"backend": self.name})
         now = asyncio.get_running_loop().time()
+        sleeps_at = self.activation.sleeps_at if self.activation else None
         life, instances = self.activation, self.instances
         held = life.held_until if life else None
         who = life or instances
@@ -235,7 +236,7 @@ class Service:
             last_wake=who.last_wake,
             start_took=life.start_took if life else 0.0,
             ready_took=life.ready_took if life else 0.0,
-            sleeps_in=None if not life or life.sleeps_at is None else _left(life.sleeps_at, now),
+            sleeps_in=None if sleeps_at is None else _left(sleeps_at, now),
             held_for=None if held is None else _left(held, now),
             memory=usage.memory,
             cpu=usage.cpu,

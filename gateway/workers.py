@@ -63,7 +63,7 @@ class Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "gateway.plane", str(theirs.fileno()),
+                sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()),
                 pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self.link = Link(ours)
@@ -225,17 +225,16 @@ class Workers:
             for backend in lost:
                 if not self.is_busy(backend):
                     self.reports.quiet(backend, loop.time())
-            while not await self._restart(worker):
-                await asyncio.sleep(RESPAWN_GAP)
+            await self._restart(worker)
             self._tell_all(worker)
 
-    async def _restart(self, worker: Worker) -> bool:
-        try:
-            await worker.start()
-        except OSError as error:
-            log.error("worker %d cannot be started: %s", worker.number, error)
-            return False
-        return True
+    async def _restart(self, worker: Worker) -> None:
+        while True:
+            try:
+                return await worker.start()
+            except OSError as error:
+                log.error("worker %d cannot be started: %s", worker.number, error)
+            await asyncio.sleep(RESPAWN_GAP)
 
     def _tell_all(self, worker: Worker) -> None:
         _send_batched(worker, self.served.values())

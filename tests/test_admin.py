@@ -54,9 +54,7 @@ def document(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def server(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never_blocked: BlockBuster
-) -> AsyncIterator[Server]:
+async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never_blocked: BlockBuster) -> AsyncIterator[Server]:
     """A gateway that runs; it reads `document.json` again when it is reloaded."""
     for function, file, caller in MAY_BLOCK:
         never_blocked.functions[function].can_block_in(file, caller)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 import signal
 import socket
@@ -112,14 +111,14 @@ CAT = "command: cat, delivery: accept"
         ),
         (
             f"backends: {{a: {{{CAT}, listen: 'tcp://127.0.0.1:80'}}, b: {{{CAT}, listen: 'tcp://127.0.0.1:80'}}}}",
-            ["backends.b.listen: tcp://127.0.0.1:80 is already listened on", "backends.a.listen", "allowed: an address of its own"],
+            ["backends.b.listen: tcp://127.0.0.1:80 is already listened on", "backends.a.listen", "an address of its own"],
         ),
         (
             "backends: {web: {command: cat, listen: 'tcp://127.0.0.1:80', endpoint: 'tcp://localhost:80'}}",
-            ["backends.web.endpoint: tcp://localhost:80 is its own listener tcp://127.0.0.1:80", "allowed: where the backend listens"],
+            ["backends.web.endpoint: tcp://localhost:80 is its own listener tcp://127.0.0.1:80", "where the backend listens"],
         ),
         ("", ["is empty"]),
-        ("backends: [", ["line 1"]),
+        ("backends: [", ["line ", "flow"]),
     ],
 )  # fmt: skip
 def test_a_configuration_that_is_wrong(tmp_path: Path, text: str, essentials: list[str]) -> None:
@@ -134,16 +133,18 @@ def refused(file: Path) -> str:
     """What `check` says against a file."""
     result = CliRunner().invoke(main, ["check", str(file)])
     assert result.exit_code == 1
-    assert result.output.startswith(f"Error: the configuration has errors\n{file}: ")
+    assert result.output.startswith(f"Error: the configuration has errors\n{file.parent}/")
     return result.output
 
 
 def test_two_files_that_include_each_other(tmp_path: Path) -> None:
     for name, included in (("a", "b"), ("b", "c"), ("c", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"include: {included}.yaml")
-    assert re.search(
-        r"include loop: \S*a\.yaml -> \S*b\.yaml -> \S*c\.yaml -> \S*a\.yaml;", refused(tmp_path / "a.yaml")
-    )
+    a, b, c = (tmp_path / f"{name}.yaml" for name in "abc")
+    assert f"{c}: include[0]: include loop: {a} -> {b} -> {c} -> {a};" in refused(a)
+
+
+BOMB = b"b: &b [x]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b",".join([b"*%c" % (c - 1)] * 4)) for c in range(99, 115))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,8 @@ def test_two_files_that_include_each_other(tmp_path: Path) -> None:
         (b"\x7fELF\0\0\0\0", "is a binary file"),
         (b"backends: {\xff\xfe: 1}", "byte 0xff is not UTF-8"),
         (b"# " + b"x" * (17 << 20), "is larger than 16 MiB"),
-        (b"[" * 100_000, "nested more than 50 levels deep"),
-        (b"a: &a [x, x]\nb: &b [*a, *a]\n" + b"".join(b"%c: &%c [*%c, *%c, *%c, *%c]\n" % (c, c, c - 1, c - 1, c - 1, c - 1) for c in range(99, 115)), "more than 1000000 values"),
+        (b"- " * 100_000, "nested more than 50 levels deep"),
+        (BOMB, "more than 1000000 values"),
     ],
     ids=["binary", "latin", "huge", "deep", "bomb"],
 )  # fmt: skip
@@ -340,8 +341,11 @@ listening.bind(sys.argv[1])
 listening.listen()
 client, _ = listening.accept()
 client.sendall(b"hello 1\\n")
-while True:
-    client.sendall(bytes(1 << 16))
+try:
+    while True:
+        client.sendall(bytes(1 << 16))
+except OSError:
+    pass
 """
 
 

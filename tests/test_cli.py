@@ -536,12 +536,11 @@ def test_activate_with_accept(tmp_path: Path) -> None:
 def test_activate_that_notifies(tmp_path: Path) -> None:
     port = free_port()
     words = ["--ready", "notify", "--", *command("--inherit", "--notify-on-signal", "--started", tmp_path / "pid")]
-    with activated(tmp_path, "-l", f"localhost:{port}", *words) as running:
-        with connect(f"tcp://127.0.0.1:{port}") as sock:
-            greeting(sock)
-            assert running.status("activate")["state"] == "starting"
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
-            running.wait_state("activate", "ready")
+    with activated(tmp_path, "-l", f"localhost:{port}", *words) as running, connect(f"tcp://127.0.0.1:{port}") as sock:
+        greeting(sock)
+        assert running.status("activate")["state"] == "starting"
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGUSR1)
+        running.wait_state("activate", "ready")
 
 
 @pytest.mark.parametrize(

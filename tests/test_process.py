@@ -173,7 +173,10 @@ async def test_it_begins_with_a_clean_slate_of_signals(make: Make) -> None:
         said = await said_by(make(["grep", "-E", "Sig(Blk|Ign)", "/proc/self/status"]))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert [text.split() for text in said] == [["SigBlk:", "0" * 16], ["SigIgn:", "0" * 16]]
+    masks = {name: int(mask, 16) for name, mask in map(str.split, said)}
+    # Signals 32 and 33 belong to the C library, which lets nobody touch them: they stay as they were for us.
+    assert masks["SigBlk:"] == 0
+    assert masks["SigIgn:"] & ~(3 << 31) == 0
 
 
 async def test_it_leads_its_own_session_and_has_blocking_stdio(make: Make) -> None:

@@ -103,7 +103,7 @@ def test_the_gateway_keeps_what_the_units_promise(tmp_path: Path) -> None:
         try:
             told = [manager.recv(100).decode() for _ in range(3)]
             assert told == ["READY=1", "WATCHDOG=1", "STATUS=1 asleep, 0 awake"]
-            with connect("tcp://127.0.0.1:{}".format(listening.getsockname()[1])) as sock:
+            with connect(f"tcp://127.0.0.1:{listening.getsockname()[1]}") as sock:
                 greeting(sock)
                 assert manager.recv(100) == b"STATUS=0 asleep, 1 awake"
                 process.send_signal(signal.SIGHUP)

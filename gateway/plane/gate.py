@@ -68,8 +68,8 @@ class Gate:
     """See the module. `tell` sends a message to the control plane."""
 
     __slots__ = (
-        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints", "forgotten",
-        "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints",
+        "forgotten", "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
