@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from backends.base import Backend, BackendError, Capability, Exit, PassedSocket, Status
-from backends.endpoint import Endpoint
+from backends.endpoint import Endpoint, parse
 from backends.units import Duration
 from gateway.backoff import Backoff
 from gateway.config import BackendConfig, Then
 from gateway.idle import Signals, Verdict, judge
+from gateway.upgrade import KeptLife
 
 log = logging.getLogger(__name__)
 
@@ -196,15 +197,54 @@ class Activation:
         self._poked()
         await asyncio.shield(self._life)
 
-    async def adopt(self) -> None:
-        """At boot: take over what is already running."""
+    async def adopt(self, endpoints: Mapping[str, Endpoint] | None = None) -> None:
+        """At boot: take over what is already running.
+
+        `endpoints`: its gate is open with these, because a former control plane saw it answer there. What does not run
+        any more gets its gate closed.
+        """
+        status = Status.STOPPED
         try:
             status = await self.backend.status()
         except BackendError as error:
             log.warning("its status is unknown: %s", error, extra=self._who)
+        if not self.asleep:
             return
+        if status is Status.RUNNING and endpoints is not None:
+            log.info("still awake", extra=self._who)
+            self.resume(State.READY, endpoints)
+            return
+        if endpoints is not None:
+            await self.gate.close()
         if status is not Status.STOPPED:
             self.wake("found running")
+
+    def resume(self, state: State, endpoints: Mapping[str, Endpoint]) -> None:
+        """Lead on the life that another control plane of the same backend began, instead of a `wake`."""
+        if state is State.STOPPED:
+            return
+        self.since = self.awake_since = self.quiet_since = self._loop.time()
+        if state is not State.STARTING:  # which is begun anew: what is started already is seen by its status
+            self.state, self.endpoints = state, endpoints
+        if state is State.READY:
+            self.gate.open(endpoints)
+        self._begin()
+        self._changed()
+
+    def hand_over(self) -> KeptLife:
+        """What `resume` needs in the control plane that replaces this one; nothing may happen to it afterwards."""
+        return KeptLife(
+            state=self.state.value, endpoints={name: str(endpoint) for name, endpoint in self.endpoints.items()},
+            wakes=self.wakes, last_wake=self.last_wake, last_error=self.last_error, start_took=self.start_took,
+            ready_took=self.ready_took, awake_for=self._loop.time() - self.awake_since,
+        )  # fmt: skip
+
+    def take_over(self, kept: KeptLife) -> None:
+        """Go on where the replaced control plane was."""
+        self.wakes, self.last_wake, self.last_error = kept.wakes, kept.last_wake, kept.last_error
+        self.start_took, self.ready_took = kept.start_took, kept.ready_took
+        self.resume(State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()})
+        self.awake_since -= kept.awake_for
 
     # What it tells
 
@@ -233,15 +273,7 @@ class Activation:
         self._ordered_stop = self._refused = ""
         self._wanted = False
         try:
-            self._to(Event.WAKE)
-            self.wakes += 1
-            while await self._bring_up():
-                death = self._loop.create_task(self.backend.wait(), name=f"death of {self.config.name}")
-                try:
-                    if not await self._serve(death):
-                        break
-                finally:
-                    death.cancel()
+            await self._lead()
         except Exception:
             log.exception("unexpected error", extra=self._who)
             await self._make_stopped()
@@ -255,6 +287,22 @@ class Activation:
             self.wake(self.last_wake)  # a client came while it was stopping
         else:
             self.gate.arm()
+
+    async def _lead(self) -> None:
+        if self.state is State.STOPPING:  # resumed there
+            await self._make_stopped()
+            self._to(Event.SLEPT)
+            return
+        if self.state is State.STOPPED:
+            self._to(Event.WAKE)
+            self.wakes += 1
+        while self.state in (State.READY, State.FROZEN) or await self._bring_up():
+            death = self._loop.create_task(self.backend.wait(), name=f"death of {self.config.name}")
+            try:
+                if not await self._serve(death):
+                    break
+            finally:
+                death.cancel()
 
     async def _bring_up(self) -> bool:
         """Start it unless it runs, wait until it answers, open the gate. On failure it is stopped again."""
@@ -320,9 +368,9 @@ class Activation:
     async def _serve(self, death: asyncio.Task[Exit]) -> bool:
         """From READY until it sleeps or is dead (False), or has to be brought up again (True)."""
         while True:
-            event = await self._attend(death)
+            event = await (self._stay_frozen(death) if self.state is State.FROZEN else self._attend(death))
             if event is Event.FREEZE:
-                event = await self._freeze(death)
+                await self._freeze()
             if event is Event.DIED:
                 await self._bury(death.result())
                 return False
@@ -357,12 +405,13 @@ class Activation:
                 self.quiet_since = self._loop.time()
         return Event.DIED
 
-    async def _freeze(self, death: asyncio.Task[Exit]) -> Event:
-        """READY to FROZEN, and what ended that: WAKE (it is READY again), SLEEP or DIED."""
+    async def _freeze(self) -> None:
         await self.backend.freeze()
         self._to(Event.FREEZE)
-        self._wanted = False
         log.info("frozen: %s", self._judge().why, extra=self._who)
+
+    async def _stay_frozen(self, death: asyncio.Task[Exit]) -> Event:
+        """In FROZEN until something ends that: WAKE (it is READY again), SLEEP or DIED."""
         self.gate.arm()
         after = self.config.idle.stop_after
         deadline = None if after is None else self._loop.time() + after

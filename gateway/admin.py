@@ -3,6 +3,7 @@
     GET  /v1/status                          everything; ?name=NAME (repeatable) for some
     GET  /v1/events                          a line of JSON for each change of a state, until the client leaves
     POST /v1/reload                          read the configuration again
+    POST /v1/upgrade                         let the version on the disk take over; 409 and the reason if it would not start
     POST /v1/backends/NAME/start             start it; answers when it is ready, or 502 with the reason
     POST /v1/backends/NAME/stop              stop it now; answers when it is gone
     POST /v1/backends/NAME/hold?seconds=N    keep it awake (without seconds: until released)
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
+from backends.command import CommandFailed
 from backends.endpoint import Unix
 from gateway.activation import State
 from gateway.config import ConfigError, Listener
@@ -76,6 +78,7 @@ def application(server: Server) -> web.Application:
         web.get("/v1/status", api.status),
         web.get("/v1/events", api.events),
         web.post("/v1/reload", api.reload),
+        web.post("/v1/upgrade", api.upgrade),
         web.post("/v1/backends/{name}/start", api.start),
         web.post("/v1/backends/{name}/stop", api.stop),
         web.post("/v1/backends/{name}/hold", api.hold),
@@ -129,6 +132,21 @@ class Api:
 
     async def reload(self, request: web.Request) -> web.Response:
         return _json({"message": await self.server.reload()})
+
+    async def upgrade(self, request: web.Request) -> web.StreamResponse:
+        response = _json({"message": "the version on the disk takes over"})
+
+        async def answered() -> None:
+            await response.prepare(request)
+            await response.write_eof()
+
+        try:
+            await self.server.upgrade(answered)
+        except (CommandFailed, OSError) as error:
+            if not response.prepared:
+                return _json({"error": str(error)}, 409)
+            log.error("not upgraded: %s", error)
+        return response
 
     async def start(self, request: web.Request) -> web.Response:
         life = self._service(request).lives()

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from backends import load
-from backends.base import BackendError, PassedSocket, Setup, Shared, Usage
+from backends.base import BackendError, Capability, PassedSocket, Setup, Shared, Usage
+from backends.endpoint import parse
 from gateway.activation import Activation, State
 from gateway.config import BackendConfig, Delivery
 from gateway.handover import Instances, PassGate
-from gateway.listeners import Listeners, Listening
+from gateway.listeners import Listeners, Listening, key
 from gateway.plane.link import Tally
 from gateway.status import BackendStatus, StateChange
+from gateway.upgrade import Estate, KeptService
 from gateway.workers import RelayGate, Workers
 
 log = logging.getLogger(__name__)
@@ -73,8 +75,8 @@ class Service:
         self.activation: Activation | None = None
         self.instances: Instances | None = None
         self._gate: RelayGate | PassGate | None = None
-        self._numbers: dict[int, int] = {}
-        """id of a listening socket -> its number in the workers"""
+        self._numbers: dict[int, list[int]] = {}
+        """id of a listening socket -> its numbers in the workers"""
         passed = [PassedSocket(listening.listener.name, listening.socket) for listening in sockets]
         if config.delivery is Delivery.ACCEPT:
             self.instances = Instances(config, self.backend, passed, self._changed)
@@ -94,8 +96,11 @@ class Service:
             self.instances.listen()
         elif isinstance(self._gate, RelayGate):
             workers.serve(self.number, self.config)
-            numbers = workers.listen(self.number, [(s.listener.name, s.socket) for s in self.sockets])
-            self._numbers = {id(listening): number for listening, number in zip(self.sockets, numbers, strict=True)}
+            spread = workers.spread(self.config)
+            for listening in self.sockets:
+                self._numbers[id(listening)] = workers.listen(
+                    self.number, listening.listener.name, key(listening.listener, self.name), listening.sockets, spread
+                )
         elif isinstance(self._gate, PassGate):
             gate = self._gate
             if self.predecessor is None:
@@ -118,6 +123,34 @@ class Service:
                 self.environment.listeners.close(listening)
         self._numbers = {}
         self.sockets = []
+
+    # The next control plane
+
+    def hand_over(self, estate: Estate) -> KeptService:
+        """What `take_over` needs in the control plane that replaces this one."""
+        return KeptService(
+            digest=self.config.digest,
+            life=self.activation.hand_over() if self.activation else None,
+            total=self.instances.total if self.instances else 0,
+            output=self.backend.output.hand_over(),
+            driver=self.backend.hand_over(estate),
+        )
+
+    def take_over(self, kept: KeptService, estate: Estate) -> None:
+        """Go on where the replaced control plane was."""
+        self.backend.output.take_over(kept.output)
+        instances = self.backend.take_over(kept.driver, estate) if kept.driver is not None else ()
+        if self.instances is not None:
+            self.instances.total = kept.total
+            self.instances.resume(instances)
+        if self.activation is not None and kept.life is not None:
+            self.activation.take_over(kept.life)
+
+    async def adopt(self, endpoints: Mapping[str, str] | None) -> None:
+        """Find out whether it runs already; `endpoints`: its gate is open with these."""
+        opened = None if endpoints is None else {name: parse(address) for name, address in endpoints.items()}
+        if self.activation is not None and (opened or Capability.ADOPT in self.backend.capabilities):
+            await self.activation.adopt(opened)
 
     # Its life
 
@@ -161,7 +194,8 @@ class Service:
             config, idle=self.config.idle, limits=self.config.limits, start_timeout=self.config.start_timeout,
             stop_grace=self.config.stop_grace, origin=self.config.origin,
         )  # fmt: skip
-        return same == self.config
+        spread = self.environment.workers.spread
+        return same == self.config and spread(config) == spread(self.config)
 
     def adjust(self, config: BackendConfig) -> None:
         """Take on new limits, timeouts and idle policy."""

@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -24,11 +25,11 @@ LIMITS: dict[str, Any] = {"connections": 10000, "pending": 10000, "connect_timeo
 class Plane:
     """One worker. `hear` waits for a message of a type, and keeps the others for later."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: str) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()), directory, "0"],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -74,8 +75,8 @@ class Plane:
         """A backend with one listener; where that listens."""
         sock = bind(parse(listen))
         self.listening.append(sock)
-        self.send(say.Serve(backend, f"backend-{backend}", **{**LIMITS, **limits}))
-        self.send(say.Listen(100 + backend, backend, name), fds=[sock.fileno()])
+        self.send(say.Serve(backend, f"backend-{backend}", "", **{**LIMITS, **limits}))
+        self.send(say.Listen(100 + backend, backend, name, listen), fds=[sock.fileno()])
         self.count()  # once it answers, it has taken the orders before
         return of_socket(sock)
 
@@ -91,14 +92,15 @@ class Plane:
 
 @contextlib.contextmanager
 def plane() -> Iterator[Plane]:
-    running = Plane()
-    try:
-        yield running
-        running.close()
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
+    with tempfile.TemporaryDirectory() as directory:
+        running = Plane(directory)
+        try:
+            yield running
+            running.close()
+        finally:
+            if running.process.poll() is None:
+                running.process.kill()
+                running.process.wait()
 
 
 def connect(address: Endpoint, timeout: float = PATIENCE) -> socket.socket:

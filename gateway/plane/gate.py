@@ -13,7 +13,7 @@ from collections.abc import Callable
 from socket import SocketType as Socket
 from typing import Any
 
-from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Tally, Wake
+from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Serving, Tally, Wake
 from gateway.plane.loop import Loop
 from gateway.plane.relay import End, cut
 
@@ -42,12 +42,13 @@ class Client:
         # Only HUP and ERR come here (see park): both directions are gone. A client that merely ended its sending waits
         # for an answer and is served.
         if mask & (select.EPOLLHUP | select.EPOLLERR):
-            self.gate.parked.pop(self.fd, None)
-            self.gate.loop.discard(self.sock)
+            self.abort()
 
     def abort(self) -> None:
-        self.gate.parked.pop(self.fd, None)
-        self.gate.loop.discard(self.sock)
+        gate = self.gate
+        gate.parked.pop(self.fd, None)
+        gate.loop.discard(self.sock)
+        gate.emptied()
 
     @property
     def source(self) -> str:
@@ -69,7 +70,7 @@ class Gate:
 
     __slots__ = (
         "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints",
-        "forgotten", "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
+        "forgotten", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
@@ -78,6 +79,7 @@ class Gate:
         self.tell = tell
         self.settling = settling
         self.endpoints: dict[str, Any] | None = None
+        self.opened: dict[str, str] = {}
         self.parked: dict[int, Client] = {}
         self.connections = 0
         self.dialling = 0
@@ -109,9 +111,13 @@ class Gate:
         else:
             self.loop.add(client.fd, client, select.EPOLLET)
             client.registered = True
-        if self.endpoints is None and not self._woke:
+        self._wake()
+
+    def _wake(self) -> None:
+        if self.endpoints is None and self.parked and not self._woke:
             self._woke = True
-            self.tell(Wake(self.number, client.source))
+            last = next(reversed(self.parked.values()))
+            self.tell(Wake(self.number, last.source))
 
     def turn_away(self, client: Client, limit: str) -> None:
         """Close a client because of a limit, which is named in the log."""
@@ -139,9 +145,10 @@ class Gate:
 
     # Orders
 
-    def open(self, endpoints: dict[str, Any]) -> None:
-        """Open it; the caller connects the clients that are parked."""
+    def open(self, endpoints: dict[str, Any], opened: dict[str, str]) -> None:
+        """Open it; the caller connects the clients that are parked. `opened`: the endpoints as they were ordered."""
         self.endpoints = endpoints
+        self.opened = opened
         self._woke = False
 
     def unpark(self) -> Client:
@@ -157,6 +164,7 @@ class Gate:
         parked, self.parked = self.parked, {}
         for client in parked.values():
             self.loop.discard(client.sock)
+        self.emptied()
 
     def cut(self) -> None:
         """Close everything that is parked or relayed here."""
@@ -185,6 +193,10 @@ class Gate:
     def leave(self) -> None:
         """A connection is over, or was never made."""
         self.connections -= 1
+        self.emptied()
+
+    def emptied(self) -> None:
+        """Somebody is gone; perhaps it was the last one."""
         if not self.connections:
             self.quiet_since = self.loop.now()
             self.settling.add(self)
@@ -202,6 +214,19 @@ class Gate:
         if self._told_busy:
             self._told_busy = False
             self.tell(Quiet(self.number, self.quiet_since))
+
+    def serving(self) -> Serving:
+        """What there is of it, for the next control plane."""
+        opened = None if self.endpoints is None else self.opened
+        return Serving(self.number, self.limits.name, self.limits.digest, opened)
+
+    def tell_again(self) -> None:
+        """What a control plane is told when it happens, to one that was not there then."""
+        self._told_busy = self.connections > 0
+        if self._told_busy:
+            self.tell(Busy(self.number))
+        self._woke = False
+        self._wake()
 
     def tally(self) -> Tally:
         live = self.live() if self.connections else []
