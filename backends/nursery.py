@@ -520,6 +520,9 @@ def main(arguments: Sequence[str]) -> int:
     """`nursery.py FD TOKEN`"""
     sock = socket.socket(fileno=int(arguments[0]))
     sock.set_inheritable(False)
+    # Whatever else the gateway's own starter left open is not for the backends.
+    os.closerange(3, sock.fileno())
+    os.closerange(sock.fileno() + 1, 1 << 30)
     os.chdir("/")
     # What a terminal or an operator sends to the gateway is the gateway's business.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN):

@@ -14,6 +14,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from backends.nursery import Ended, Failed, Launch, Signal, Signalled, Spawn, St
 from backends.offspring import Offspring, run_python
 
 FAREWELL = 5.0  # seconds for the nursery to end everything, which takes it 3 at most; then it is killed
+PROGRAM = os.path.abspath(nursery.__file__)
 BATCH = 64  # reports taken in one turn of the loop
 
 
@@ -185,9 +187,8 @@ class Nest:
         token = secrets.randbits(30)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            program = os.path.abspath(nursery.__file__)
             try:
-                process = run_python([program, str(theirs.fileno()), str(token)], theirs.fileno())
+                process = run_python([PROGRAM, str(theirs.fileno()), str(token)], theirs.fileno())
             except BaseException:
                 ours.close()
                 raise
@@ -388,7 +389,7 @@ class Spawner(Service):
             try:
                 self._nest = Nest.start()
             except OSError as error:
-                raise StartFailed(f"no process can be started: {error.strerror}") from error
+                raise StartFailed(f"no process can be started: {sys.executable}: {error.strerror}") from error
             self._live(self._nest)
         fds += (passed.socket.fileno() for passed in sockets)
         return self._nest.spawn(launch, fds, stdio, [passed.name for passed in sockets], ended)

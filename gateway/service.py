@@ -182,7 +182,7 @@ class Service:
         if self.instances is not None:
             await self.instances.stop()
         if self.activation is not None:
-            self.environment.workers.cut(self.number, why)
+            self.environment.workers.cut(self.number)
             await self.activation.stop(why)
             self.environment.workers.forget(self.number)
 

@@ -23,11 +23,8 @@ log = logging.getLogger(__name__)
 ANSWER_DEADLINE = 5.0
 """Seconds that a worker may take to answer. It never waits for anything, so it is stuck when it takes longer."""
 
-MESSAGES_IN_A_DATAGRAM = 300
-"""Far below `link.LARGEST`."""
-
-Sockets = Sequence[tuple[Message, int]]
-"""Messages and the descriptor that goes along with each."""
+MOST_UNANSWERED = 3
+"""Questions in a row."""
 
 
 class WorkerLost(Exception):
@@ -54,7 +51,9 @@ class Worker:
         """what it counted when it was asked last, or when it ended"""
         self.gone = asyncio.Event()
         self.link: Link | None = link
-        self._answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._serial = 0
+        self._unanswered = 0
         self._tallies: list[Tally] = []
         self._loop = asyncio.get_running_loop()
         self._writing = False
@@ -85,42 +84,47 @@ class Worker:
 
     # Saying
 
-    def send(self, *messages: Message, fds: Sequence[int] = ()) -> None:
+    def send(self, message: Message, fd: int | None = None) -> None:
+        self.send_all((message,), () if fd is None else (fd,))
+
+    def send_all(self, messages: Iterable[Message], fds: Sequence[int] = ()) -> None:
+        """Any number of messages; `fds` is empty, or has one for each."""
         if self.link is None or self.foreign:
             return
         try:
-            self.link.send(*messages, fds=fds)
-        except LinkClosed:
-            return  # the reader sees it too
+            self.link.send_all(messages, fds)
+        except LinkClosed as error:
+            log.debug("worker %d: %s", self.number, error)
+            self._loop.call_soon(self.lose)
+            return
         if self.link.pending and not self._writing:
             self._writing = True
             self._loop.add_writer(self.link.socket, self._writable)
 
-    def send_all(self, messages: Iterable[Message]) -> None:
-        """Any number of messages."""
-        batch = list(messages)
-        for start in range(0, len(batch), MESSAGES_IN_A_DATAGRAM):
-            self.send(*batch[start : start + MESSAGES_IN_A_DATAGRAM])
+    async def ask(self, question: Callable[[int], Message]) -> Any:
+        """Send a question, made with a serial of its own, and wait for its answer. Raises WorkerLost or TimeoutError.
 
-    def send_sockets(self, sockets: Sockets) -> None:
-        """Any number of messages with a descriptor each."""
-        for start in range(0, len(sockets), say.MOST_FDS):
-            part = sockets[start : start + say.MOST_FDS]
-            self.send(*(message for message, _ in part), fds=[fd for _, fd in part])
-
-    async def ask(self, question: Message, answer: str, number: int) -> Any:
-        """Send a question and wait for its answer; who asks the same meanwhile gets the same answer.
-
-        Raises WorkerLost or TimeoutError.
+        A worker that leaves several unanswered is stuck and is killed.
         """
         if self.link is None:
             raise WorkerLost(f"worker {self.number} is gone")
-        future = self._answers.get((answer, number))
-        if future is None:
-            future = self._answers[answer, number] = self._loop.create_future()
-            self.send(question)
-        async with asyncio.timeout(ANSWER_DEADLINE):
-            return await asyncio.shield(future)
+        self._serial += 1
+        serial, answer = self._serial, self._loop.create_future()
+        self._answers[serial] = answer
+        self.send(question(serial))
+        try:
+            async with asyncio.timeout(ANSWER_DEADLINE):
+                result = await answer
+        except TimeoutError:
+            self._unanswered += 1
+            log.error("worker %d does not answer", self.number)
+            if self._unanswered >= MOST_UNANSWERED:
+                self.process.kill()
+            raise
+        finally:
+            del self._answers[serial]
+        self._unanswered = 0
+        return result
 
     # Hearing
 
@@ -145,13 +149,13 @@ class Worker:
 
     def _take(self, message: Any) -> None:
         match message:
-            case say.Closed(backend, connections):
-                self._answer("closed", backend, connections)
+            case say.Closed(serial, connections):
+                self._answer(serial, connections)
             case say.Counted(serial, tallies, more):
                 self._tallies += tallies
                 if not more:
                     self.counted, self._tallies = self._tallies, []
-                    self._answer("counted", serial, self.counted)
+                    self._answer(serial, self.counted)
             case say.Hello(version, pid):
                 log.debug("worker %d is up, pid %d", self.number, pid)
                 if version != say.VERSION:
@@ -160,10 +164,10 @@ class Worker:
             case _:
                 self.hear(self, message)
 
-    def _answer(self, kind: str, number: int, value: Any) -> None:
-        future = self._answers.pop((kind, number), None)
-        if future is not None and not future.done():
-            future.set_result(value)
+    def _answer(self, serial: int, value: Any) -> None:
+        answer = self._answers.get(serial)
+        if answer is not None and not answer.done():
+            answer.set_result(value)
 
     # The end
 
@@ -176,11 +180,9 @@ class Worker:
             self._loop.remove_writer(self.link.socket)
         self.link.close()
         self.link = None
-        for future in self._answers.values():
-            if not future.done():
-                future.set_exception(WorkerLost(f"worker {self.number} is gone"))
-                future.exception()  # nobody may be waiting any more
-        self._answers.clear()
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(WorkerLost(f"worker {self.number} is gone"))
         self.gone.set()
 
     async def end(self, patience: float = ANSWER_DEADLINE) -> int:

@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -108,7 +109,6 @@ class Workers:
         self._found: set[Worker] = set()
         """those that were taken over and are not heard yet"""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._serial = 0
         self._next_listener = 0
 
     # The processes
@@ -226,7 +226,7 @@ class Workers:
     def _tell_all(self, worker: Worker, place: int) -> None:
         worker.send_all(self.served.values())
         ears = [ear for ear in self._ears.values() if ear.worker in (None, place)]
-        worker.send_sockets([(ear.message, ear.socket.fileno()) for ear in ears])
+        worker.send_all((ear.message for ear in ears), [ear.socket.fileno() for ear in ears])
         worker.send_all(self.opened.values())
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -269,7 +269,7 @@ class Workers:
             numbers.append(number)
             for place, worker in enumerate(self._places):
                 if ear.worker in (None, place):
-                    worker.send(ear.message, fds=[sock.fileno()])
+                    worker.send(ear.message, sock.fileno())
         return numbers
 
     def unlisten(self, numbers: Iterable[int], accept_waiting: bool) -> None:
@@ -294,20 +294,20 @@ class Workers:
         if worker.foreign:
             return int(not worker.gone.is_set())
         try:
-            left: int = await worker.ask(say.Close(number), "closed", number)
+            left: int = await worker.ask(partial(say.Close, number))
         except WorkerLost:
             return 0
         except TimeoutError:
-            log.error("worker %d does not answer", worker.number)
             return 1
         return left
 
-    def reject(self, number: int, reason: str) -> None:
-        self._send(say.Reject(number, reason))
+    def reject(self, number: int) -> None:
+        """Close the clients that wait."""
+        self._send(say.Reject(number))
 
-    def cut(self, number: int, reason: str) -> None:
+    def cut(self, number: int) -> None:
         """Close all connections of the backend."""
-        self._send(say.Cut(number, reason))
+        self._send(say.Cut(number))
 
     def forget(self, number: int) -> None:
         self.served.pop(number, None)
@@ -331,7 +331,7 @@ class Workers:
             case say.Refused(backend, error):
                 # One worker closed this gate: the others must not go on.
                 if self.opened.pop(backend, None) is not None:
-                    self._send(say.Close(backend))
+                    self._send(say.Close(backend, 0))
                 self.reports.refused(backend, error)
             case say.Limited(backend, limit, count, source):
                 self.reports.limited(backend, limit, count, source)
@@ -343,12 +343,8 @@ class Workers:
 
     async def count(self) -> dict[int, Tally]:
         """The counters of every backend that was ever used, summed over the workers."""
-        self._serial += 1
-        question = say.Count(self._serial)
-        answers = await asyncio.gather(
-            *(worker.ask(question, "counted", self._serial) for worker in self._all if not worker.foreign),
-            return_exceptions=True,
-        )
+        asked = (worker.ask(say.Count) for worker in self._all if not worker.foreign)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         total = dict(self._past)
         for answer in answers:
             if isinstance(answer, list):
@@ -399,4 +395,4 @@ class RelayGate:
         return await self.workers.close(self.number)
 
     def reject(self, reason: str) -> None:
-        self.workers.reject(self.number, reason)
+        self.workers.reject(self.number)

@@ -185,8 +185,7 @@ class Gate:
         if self.connections == 1:
             self.settling.discard(self)
             if not self._told_busy:
-                self._told_busy = True
-                self.tell(Busy(self.number))
+                self.tell_busy()
             if self.limits.idle_timeout:
                 self._arm_sweep()
 
@@ -209,6 +208,10 @@ class Gate:
             self._idle.pop(end, None)
         self.leave()
 
+    def tell_busy(self) -> None:
+        self._told_busy = True
+        self.tell(Busy(self.number))
+
     def say_quiet(self) -> None:
         """Nobody came back for a while."""
         if self._told_busy:
@@ -222,9 +225,9 @@ class Gate:
 
     def tell_again(self) -> None:
         """What a control plane is told when it happens, to one that was not there then."""
-        self._told_busy = self.connections > 0
-        if self._told_busy:
-            self.tell(Busy(self.number))
+        self._told_busy = False
+        if self.connections:
+            self.tell_busy()
         self._woke = False
         self._wake()
 

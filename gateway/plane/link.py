@@ -24,7 +24,9 @@ import msgspec
 VERSION = 2
 """Changes with every change of a message. A worker that speaks another version is told to retire and nothing else."""
 
-LARGEST = 128 << 10  # bytes in a datagram; the default send buffer of Linux takes 208 KiB
+LARGEST = 128 << 10  # bytes in a datagram, but for its frame; the default send buffer of Linux takes 208 KiB
+MOST_MESSAGES = 1000  # in a datagram: taking them must not hold up the connections
+FRAME = 16
 MOST_FDS = 250  # in a datagram; the kernel takes 253 (SCM_MAX_FD)
 
 
@@ -80,20 +82,19 @@ class Close(Message, frozen=True):
     """Park new clients from now on; answer with Closed."""
 
     backend: int
+    serial: int
 
 
 class Reject(Message, frozen=True):
     """The backend could not be started: close the clients that are parked. The gate stays closed."""
 
     backend: int
-    reason: str
 
 
 class Cut(Message, frozen=True):
     """Close every connection and parked client of the backend now."""
 
     backend: int
-    reason: str
 
 
 class Forget(Message, frozen=True):
@@ -158,9 +159,9 @@ class Quiet(Message, frozen=True):
 
 
 class Closed(Message, frozen=True):
-    """The gate is closed and so many connections are left."""
+    """The gate is closed and so many connections are left; if there are some, Busy came before."""
 
-    backend: int
+    serial: int
     connections: int
 
 
@@ -277,9 +278,29 @@ class Link:
 
     def send(self, *messages: Message, fds: Sequence[int] = ()) -> None:
         """Send messages in one datagram, or queue them with copies of the descriptors. Raises LinkClosed."""
-        data = _encoder.encode(messages)
+        self._post(_encoder.encode(messages), fds)
+
+    def _post(self, data: bytes, fds: Sequence[int]) -> None:
         if self._queue or not self._sent(data, fds):
             self._queue.append((data, [os.dup(fd) for fd in fds]))
+
+    def send_all(self, messages: Iterable[Message], fds: Sequence[int] = ()) -> None:
+        """Send any number of messages in as few datagrams as will do; `fds` is empty, or has one for each message.
+
+        Raises LinkClosed.
+        """
+        batch: list[bytes] = []
+        size = sent = 0
+        for data in map(_encoder.encode, messages):
+            if batch and (size + len(data) > LARGEST or len(batch) == (MOST_FDS if fds else MOST_MESSAGES)):
+                self._post(_array(batch), fds[sent : sent + len(batch)])
+                sent += len(batch)
+                size = 0
+                batch.clear()
+            batch.append(data)
+            size += len(data)
+        if batch:
+            self._post(_array(batch), fds[sent : sent + len(batch)])
 
     def flush(self) -> None:
         """Send what is queued, as far as the socket takes it. Raises LinkClosed."""
@@ -303,7 +324,7 @@ class Link:
         """
         try:
             data, rights, flags, _ = self.socket.recvmsg(
-                LARGEST, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                LARGEST + FRAME, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
         except BlockingIOError:
             return None
@@ -330,6 +351,11 @@ class Link:
         self.socket.close()
         while self._queue:
             _close_all(self._queue.popleft()[1])
+
+
+def _array(encoded: Sequence[bytes]) -> bytes:
+    """A msgpack array of values that are encoded already: array 32 of the msgpack specification."""
+    return b"\xdd" + len(encoded).to_bytes(4, "big") + b"".join(encoded)
 
 
 def _close_all(fds: Iterable[int]) -> None:

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from socket import SocketType as Socket
 from typing import Any, ClassVar
 
@@ -40,7 +40,6 @@ MOST_DIALS = 64
 """Connects under way to one backend. Where more are needed it does not keep up: the others stay parked, and cost nothing."""
 
 TALLIES_IN_A_MESSAGE = 1000
-SERVING_IN_A_MESSAGE = 200  # each with the addresses of an open gate: far below LARGEST
 
 
 class Worker:
@@ -140,7 +139,9 @@ class Worker:
             listener.close(order.accept_waiting)
 
     def open(self, order: say.Open, fds: list[int]) -> None:
-        gate = self.gates[order.backend]
+        gate = self.gates.get(order.backend)
+        if gate is None:  # it came when this worker was retiring already
+            return
         try:
             endpoints = {name: target(parse(address)) for name, address in order.endpoints.items()}
         except (AddressError, ValueError) as error:
@@ -151,12 +152,16 @@ class Worker:
         self.let_in(gate)
 
     def close(self, order: say.Close, fds: list[int]) -> None:
-        gate = self.gates[order.backend]
-        gate.close()
-        self.tell(say.Closed(gate.number, gate.connections))
+        gate = self.gates.get(order.backend)
+        if gate is not None:
+            gate.close()
+            if gate.connections:
+                gate.tell_busy()
+        self.tell(say.Closed(order.serial, gate.connections if gate else 0))
 
     def reject(self, order: say.Reject, fds: list[int]) -> None:
-        self.gates[order.backend].reject()
+        if gate := self.gates.get(order.backend):
+            gate.reject()
 
     def cut(self, order: say.Cut, fds: list[int]) -> None:
         if gate := self.gates.get(order.backend):
@@ -177,8 +182,7 @@ class Worker:
     def tell_all(self, order: say.Tell, fds: list[int]) -> None:
         """For a control plane that did not see how all this began."""
         gates = list(self.gates.values())
-        for start in range(0, len(gates), SERVING_IN_A_MESSAGE):
-            self.send(*(gate.serving() for gate in gates[start : start + SERVING_IN_A_MESSAGE]))
+        self.send_all(gate.serving() for gate in gates)
         self.tell_held()
         self.tell(say.Told())
         for gate in gates:
@@ -186,9 +190,7 @@ class Worker:
 
     def tell_held(self) -> None:
         listeners = list(self.listeners.values())
-        for start in range(0, len(listeners), say.MOST_FDS):
-            part = listeners[start : start + say.MOST_FDS]
-            self.send(*(listener.held for listener in part), fds=[listener.sock.fileno() for listener in part])
+        self.send_all((listener.held for listener in listeners), [listener.sock.fileno() for listener in listeners])
 
     def retire(self, order: say.Retire, fds: list[int]) -> None:
         """Somebody else accepts from now on."""
@@ -273,17 +275,17 @@ class Worker:
             self.patience = self.loop.later(self.orphan_time, self.loop.stop)
 
     def tell(self, message: say.Message) -> None:
-        self.send(message)
-
-    def send(self, *messages: say.Message, fds: Sequence[int] = ()) -> None:
         """Say something to the control plane; it is sent when the socket takes it, this never waits.
 
         Without one it is not said: the next one asks for everything.
         """
+        self.send_all((message,))
+
+    def send_all(self, messages: Iterable[say.Message], fds: Sequence[int] = ()) -> None:
         if self.link is None:
             return
         try:
-            self.link.send(*messages, fds=fds)
+            self.link.send_all(messages, fds)
         except LinkClosed:
             return  # the reader sees it, too, and takes what is still there to be read
         if self.link.pending:
