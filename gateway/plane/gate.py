@@ -70,7 +70,8 @@ class Gate:
 
     __slots__ = (
         "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints",
-        "forgotten", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
+        "forgotten", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell",
+        "total",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
