@@ -274,6 +274,9 @@ class Backend(ABC):
     async def status(self) -> Status:
         """One look, no waiting for a change. Raises BackendError when it cannot be told."""
 
+    def presume(self) -> None:  # noqa: B027 - for most there is nothing to presume
+        """Clients were let in to it a moment ago: where it cannot be asked whether it runs, it does."""
+
     async def serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
         """Run one instance with the connection as its stdin and stdout until it ends (Capability.ACCEPT).
 

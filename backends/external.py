@@ -96,6 +96,10 @@ class External(Backend):
             gap = min(gap * 2, LONGEST_LOOK)
         self._stopped.set()
 
+    def presume(self) -> None:
+        if self._status is None:
+            self._stopped.clear()
+
     async def status(self) -> Status:
         if self._status is not None:
             try:

@@ -184,6 +184,8 @@ class Activation:
         status = Status.STOPPED
         if self._after is not None:
             await asyncio.wait({self._after})
+        if endpoints is not None:
+            self.backend.presume()
         try:
             status = await self.backend.status()
         except (BackendError, OSError) as error:
@@ -219,12 +221,13 @@ class Activation:
             ready_took=self.ready_took, awake_for=self._loop.time() - self.awake_since,
         )  # fmt: skip
 
-    def take_over(self, kept: KeptLife) -> None:
-        """Go on where the replaced control plane was."""
+    def take_over(self, kept: KeptLife, resume: bool) -> None:
+        """Know what the replaced control plane knew; with `resume`, lead on the life that it led."""
         self.wakes, self.last_wake, self.last_error = kept.wakes, kept.last_wake, kept.last_error
         self.start_took, self.ready_took = kept.start_took, kept.ready_took
-        self.resume(State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()})
-        self.awake_since -= kept.awake_for
+        if resume:
+            self.resume(State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()})
+            self.awake_since -= kept.awake_for
 
     # What it tells
 

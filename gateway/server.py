@@ -201,9 +201,7 @@ class Server:
         self.services[config.name] = self.numbers[number] = service
         service.listen()
         kept = self.estate.left.services.pop(config.name, None)
-        if kept is not None and kept.digest == config.digest:
-            service.take_over(kept, self.estate)
-        else:
+        if kept is None or kept.digest != config.digest or not service.take_over(kept, self.estate):
             self.spawn(service.adopt(known.endpoints if known else None), f"adoption of {service.name}")
         if self.workers.is_busy(number):
             self.busy(number)
