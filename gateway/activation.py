@@ -25,7 +25,7 @@ from gateway.upgrade import KeptLife
 
 log = logging.getLogger(__name__)
 
-BY_HAND = "held by hand"
+BY_HAND = "a hold"
 
 
 class Gate(Protocol):
@@ -134,9 +134,12 @@ class Activation:
     def hold(self, seconds: float | None) -> None:
         """Wake it and keep it awake for so long, None: until released."""
         self.held_until = float("inf") if seconds is None else self._loop.time() + seconds
+        log.info("held %s", "until released" if seconds is None else f"for {Duration(seconds)}", extra=self._who)
         self.wake_now(BY_HAND)
 
     def release(self) -> None:
+        if self.held_until is not None:
+            log.info("released", extra=self._who)
         self.held_until = None
         self._poked()
 
@@ -495,6 +498,11 @@ class Activation:
         self.backoff.ended(self._loop.time(), uptime, clean)
         if clean:
             log.info("asleep: it ended by itself after %s", Duration(uptime), extra=self._who)
+            if self.gate.sockets and self.backoff.until > self._loop.time():
+                log.warning(
+                    "it keeps ending at once: does it accept on the sockets that it is handed (LISTEN_FDS)?",
+                    extra=self._who,
+                )
         else:
             self.last_error = f"died: {exit}"
             lines = "".join(f"\n    {line}" for line in self.backend.output.fresh(5))

@@ -210,7 +210,7 @@ async def test_a_hold_wakes_it_and_keeps_it_awake_until_it_is_released(stage: Ma
     await web.reach(State.READY)
     await let_time_pass(stage)
     assert web.did == START
-    assert (web.life.last_wake, web.life.sleeps_at) == ("held by hand", float("inf"))
+    assert (web.life.last_wake, web.life.sleeps_at) == ("a hold", float("inf"))
     web.life.release()
     await web.asked("arm")
     assert web.did == [*START, *SLEEP]
