@@ -15,14 +15,14 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Tcp, Unix, VsockMux, resolve
+from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Tcp, Unix, Vsock, VsockMux, resolve
 from backends.notifications import Notifications
 from backends.output import Output
 from backends.units import Command, Duration
@@ -129,6 +129,9 @@ async def wait(readiness: Readiness, probed: Probed) -> Mapping[str, Endpoint]:
 
     Cancelling leaves nothing behind. Raises Impossible.
     """
+    for endpoint in probed.endpoints.values():
+        if isinstance(endpoint, Vsock) and endpoint.cid == "guest":
+            raise Impossible(f"{endpoint} is not possible with this driver, which knows no guest")
     match readiness:
         case Connect():
             return await _each(probed, lambda endpoint: _answering(endpoint, probed, _reach))
@@ -152,9 +155,16 @@ async def wait(readiness: Readiness, probed: Probed) -> Mapping[str, Endpoint]:
     return await _each(probed, lambda endpoint: _until(lambda: _first_address(endpoint), probed.report))
 
 
-async def _each(probed: Probed, ask: Callable[[Endpoint], Awaitable[Endpoint]]) -> Mapping[str, Endpoint]:
-    """Ask about all endpoints at a time."""
-    answers = await asyncio.gather(*(ask(endpoint) for endpoint in probed.endpoints.values()))
+async def _each(probed: Probed, ask: Callable[[Endpoint], Coroutine[Any, Any, Endpoint]]) -> Mapping[str, Endpoint]:
+    """Ask about all endpoints at a time; an error of one ends the others."""
+    loop = asyncio.get_running_loop()
+    asking = [loop.create_task(ask(each), name=f"probe of {each}") for each in probed.endpoints.values()]
+    try:
+        answers = await asyncio.gather(*asking)
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
     return dict(zip(probed.endpoints, answers, strict=True))
 
 
