@@ -1,7 +1,8 @@
 """The gate of one backend in one worker: open with endpoints, or closed with clients parked before it.
 
 Counterpart: `gateway.activation` orders it open and closed; `gateway.plane.worker` leads clients to it. The gate counts and
-tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel.
+tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel. Flows of datagrams
+wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import socket
 import struct
 from collections.abc import Callable
 from socket import SocketType as Socket
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Tally, Wake
 from gateway.plane.loop import Loop
@@ -22,6 +23,33 @@ SETTLE = 0.1
 
 LIMIT_LOG_GAP = 1.0
 """Seconds between two reports of one limit."""
+
+
+class Waiting(Protocol):
+    """Who waits for a backend."""
+
+    @property
+    def source(self) -> str:
+        """Who it is, for people."""
+
+
+class Door(Protocol):
+    """A datagram socket, with the flows of its clients."""
+
+    def release(self) -> None:
+        """The gate has opened: deliver what waits."""
+
+    def reject(self) -> None:
+        """The start failed: drop what waits."""
+
+    def cut(self) -> None:
+        """End all flows."""
+
+
+def inet_name(peer: Any) -> str:
+    """A socket address of IPv4 or IPv6, for people."""
+    host, port = peer[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Client:
@@ -53,8 +81,7 @@ class Client:
     def source(self) -> str:
         """Who it is, for people."""
         if self.sock.family in (socket.AF_INET, socket.AF_INET6):
-            host, port = self.peer[:2]
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return inet_name(self.peer)
         if self.sock.family == socket.AF_UNIX:
             try:
                 pid, uid, _ = struct.unpack("iII", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -68,8 +95,9 @@ class Gate:
     """See the module. `tell` sends a message to the control plane."""
 
     __slots__ = (
-        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints",
-        "forgotten", "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "doors", "dropped",
+        "endpoints", "forgotten", "kept", "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling",
+        "tell", "total", "waiting",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
@@ -79,10 +107,16 @@ class Gate:
         self.settling = settling
         self.endpoints: dict[str, Any] | None = None
         self.parked: dict[int, Client] = {}
+        self.doors: tuple[Door, ...] = ()
+        """the datagram sockets before it"""
+        self.waiting = 0
+        """flows of datagrams that wait at the doors"""
+        self.kept = 0
+        """bytes of the datagrams that are kept for them"""
         self.connections = 0
         self.dialling = 0
         """connects that did not succeed at once"""
-        self.total = self.received = self.sent = self.refused = 0
+        self.total = self.received = self.sent = self.refused = self.dropped = 0
         self.quiet_since = 0.0
         self.forgotten = False
         self._told_busy = False
@@ -98,9 +132,14 @@ class Gate:
 
     # Clients
 
+    @property
+    def full(self) -> bool:
+        """Whether no more may wait."""
+        return len(self.parked) + self.waiting >= self.limits.pending
+
     def park(self, client: Client) -> None:
         """Keep the client unread until the gate opens; the first one wakes the backend."""
-        if len(self.parked) >= self.limits.pending:
+        if self.full:
             self.turn_away(client, "limits.pending")
             return
         self.parked[client.fd] = client
@@ -109,9 +148,13 @@ class Gate:
         else:
             self.loop.add(client.fd, client, select.EPOLLET)
             client.registered = True
+        self.wake(client)
+
+    def wake(self, waiting: Waiting) -> None:
+        """Somebody waits: say so, once until the gate opens."""
         if self.endpoints is None and not self._woke:
             self._woke = True
-            self.tell(Wake(self.number, client.source))
+            self.tell(Wake(self.number, waiting.source))
 
     def turn_away(self, client: Client, limit: str) -> None:
         """Close a client because of a limit, which is named in the log."""
@@ -143,6 +186,8 @@ class Gate:
         """Open it; the caller connects the clients that are parked."""
         self.endpoints = endpoints
         self._woke = False
+        for door in self.doors:
+            door.release()
 
     def unpark(self) -> Client:
         """The client that has waited for longest."""
@@ -157,12 +202,16 @@ class Gate:
         parked, self.parked = self.parked, {}
         for client in parked.values():
             self.loop.discard(client.sock)
+        for door in self.doors:
+            door.reject()
 
     def cut(self) -> None:
         """Close everything that is parked or relayed here."""
         self.reject()
         for end in self.live():
             cut(end)
+        for door in self.doors:
+            door.cut()
 
     def live(self) -> list[End]:
         """The client side of each relayed connection. Looks through the table: for rare use."""
@@ -203,11 +252,19 @@ class Gate:
             self._told_busy = False
             self.tell(Quiet(self.number, self.quiet_since))
 
+    @property
+    def used(self) -> bool:
+        """Whether there is anything to count."""
+        return bool(self.total or self.parked or self.waiting or self.refused or self.dropped)
+
     def tally(self) -> Tally:
         live = self.live() if self.connections else []
         received = self.received + sum(end.moved for end in live)
         sent = self.sent + sum(end.peer_moved for end in live)
-        return Tally(self.number, self.connections, len(self.parked), self.total, received, sent, self.refused)
+        return Tally(
+            self.number, self.connections, len(self.parked) + self.waiting, self.total, received, sent, self.refused,
+            self.dropped,
+        )  # fmt: skip
 
     # limits.idle_timeout: no timestamp is taken in the data path; a sweep compares what was moved.
 

@@ -41,10 +41,14 @@ class Serve(Message, frozen=True):
     """seconds"""
     idle_timeout: float
     """seconds; 0: never"""
+    flow_timeout: float
+    """seconds"""
+    flow_datagrams: int
+    flow_bytes: int
 
 
 class Listen(Message, frozen=True):
-    """Accept on the descriptor that comes along, for this backend."""
+    """Serve the socket that comes along, for this backend: accept on it, or relay its datagrams."""
 
     listener: int
     backend: int
@@ -162,6 +166,8 @@ class Tally(msgspec.Struct, frozen=True, array_like=True):
     """bytes to clients"""
     refused: int
     """clients that a limit turned away"""
+    dropped: int = 0
+    """datagrams that were not delivered"""
 
 
 class Counted(Message, frozen=True):

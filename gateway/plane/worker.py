@@ -3,6 +3,8 @@
     accept -> gate open:   connect -> relay
            -> gate closed: park, wake; when it opens: connect -> relay
 
+Clients that send datagrams are served beside, by `gateway.plane.datagram`, before the same gates.
+
 Counterpart: `gateway.workers` in the control plane starts this process and gives the orders, over the link. A worker knows
 of each backend only whether its gate is open, and where it is dialled. It starts nothing and decides nothing about
 sleep. A warm connection never talks to the control plane.
@@ -23,15 +25,13 @@ from typing import Any, ClassVar
 
 from backends.endpoint import AddressError, parse
 from gateway.plane import link as say
-from gateway.plane.dial import dial, target
+from gateway.plane.datagram import DatagramListener
+from gateway.plane.dial import TRIES, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener
 from gateway.plane.loop import Loop
 from gateway.plane.relay import join
-
-TRIES = 3
-"""How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
 
 MOST_DIALS = 64
 """Connects under way to one backend. Where more are needed it does not keep up: the others stay parked, and cost nothing."""
@@ -45,7 +45,7 @@ class Worker:
         self.loop.on_error = self.broken
         self.link = Link(sock)
         self.gates: dict[int, Gate] = {}
-        self.listeners: dict[int, Listener] = {}
+        self.listeners: dict[int, Listener | DatagramListener] = {}
         self.settling = Settling(self.loop, self.settled)
         self.letting_in = False
 
@@ -67,7 +67,7 @@ class Worker:
             gate.turn_away(client, "limits.connections")
             return
         where = gate.endpoints.get(client.listener) or gate.endpoints.get("")
-        if where is None:
+        if where is None or not where.stream:
             gate.turn_away(client, f"endpoints: none for listener {client.listener!r}")
             return
         gate.enter()
@@ -115,10 +115,11 @@ class Worker:
             gate.limits = order
 
     def listen(self, order: say.Listen, fds: list[int]) -> None:
-        fd = fds.pop(0)
-        self.listeners[order.listener] = Listener(
-            self.loop, fd, self.gates[order.backend], order.name, self.admit, self.trouble
-        )
+        sock, gate = socket.socket(fileno=fds.pop(0)), self.gates[order.backend]
+        if sock.type == socket.SOCK_DGRAM:
+            self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order.name)
+        else:
+            self.listeners[order.listener] = Listener(self.loop, sock, gate, order.name, self.admit, self.trouble)
 
     def unlisten(self, order: say.Unlisten, fds: list[int]) -> None:
         listener = self.listeners.pop(order.listener, None)
@@ -154,7 +155,7 @@ class Worker:
             self.drop_forgotten(gate)
 
     def count(self, order: say.Count, fds: list[int]) -> None:
-        tallies = [gate.tally() for gate in self.gates.values() if gate.total or gate.parked or gate.refused]
+        tallies = [gate.tally() for gate in self.gates.values() if gate.used]
         while len(tallies) > TALLIES_IN_A_MESSAGE:
             self.tell(say.Counted(order.serial, tallies[:TALLIES_IN_A_MESSAGE], more=True))
             del tallies[:TALLIES_IN_A_MESSAGE]
