@@ -168,6 +168,11 @@ class Inherited:
 Endpoint = Tcp | Udp | Unix | Unixgram | Vsock | VsockMux | Inherited
 
 
+def is_datagram(endpoint: Endpoint) -> bool:
+    """Whether datagrams go there. Of an inherited socket that is not known."""
+    return isinstance(endpoint, (Udp, Unixgram))
+
+
 def parse(text: str, directory: Path | None = None) -> Endpoint:
     """Parse one address; relative paths of Unix sockets are relative to `directory`. Raises AddressError."""
     if len(text) > LONGEST:
