@@ -23,17 +23,15 @@ from gateway.plane.flow import BATCH, BURST, FLAGS, IP_PKTINFO, SIZE, Flow, buff
 from gateway.plane.gate import Gate
 from gateway.plane.loop import Loop, Timer
 
-PAUSE = 0.01
-"""Seconds until more of what was kept is delivered, unless the backend answers before."""
+PAUSE, LONG_PAUSE = 0.02, 0.1
+"""Seconds until more of what was kept is delivered to a backend that has not answered so far, and to one that has: that one
+tells by its answers how fast it reads."""
 
 SWEEPS = 4
 """Looks without news after which a flow has ended. No datagram costs a look at the clock."""
 
-LAST_ANSWERS = 2.0
+LAST_ANSWERS = 1.0
 """Seconds of silence after which a flow has ended when its client cannot ask any more, because the listener is closed."""
-
-RECEIVE_BUFFER = 1 << 20
-"""Bytes asked for, within net.core.rmem_max: many clients at once must fit in while this process is not running."""
 
 WAITING_BATCHES = 64  # taken in from a listener that closes; more than its buffer holds, and not without end
 CONTROL = 128  # bytes for the address that was asked, and whatever an inherited socket is set to tell
@@ -43,7 +41,8 @@ class DatagramListener:
     """One datagram socket of this worker and its flows. Owns its descriptor; the flows answer through it."""
 
     __slots__ = (
-        "_credit", "_pause", "_sweep_timer", "_take", "closed", "flows", "gate", "loop", "name", "sock", "waiting", "wildcard",
+        "_answers", "_credit", "_pause", "_sweep_timer", "_take", "closed", "flows", "gate", "loop", "name", "sock", "waiting",
+        "wildcard",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, sock: socket.socket, gate: Gate, name: str) -> None:
@@ -57,6 +56,7 @@ class DatagramListener:
         """flows with datagrams to deliver once the gate is open, or as soon as the backend takes more; the first comes first"""
         self.wildcard = _is_wildcard(sock)
         self._credit = BURST
+        self._answers = False
         self._pause: Timer | None = None
         self._sweep_timer: Timer | None = None
         self._take: Callable[[], tuple[int, Any]] = partial(sock.recvfrom_into, buffer, 0, FLAGS)
@@ -66,8 +66,6 @@ class DatagramListener:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             else:
                 sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         gate.doors += (self,)
         loop.add(sock.fileno(), self, select.EPOLLIN)
 
@@ -127,12 +125,21 @@ class DatagramListener:
     # What was kept is delivered
 
     def release(self) -> None:
-        """The gate has opened, or a pause is over."""
+        """The gate has opened."""
+        self._answers = False
+        self.go_on()
+
+    def go_on(self) -> None:
+        """The backend should have room by now."""
+        if self._pause is not None:
+            self._pause.cancel()
+            self._pause = None
         self._credit = BURST
         self._deliver()
 
     def answered(self, count: int) -> None:
         """The backend reads what it gets."""
+        self._answers = True
         self._credit = min(BURST, self._credit + count)
         self._deliver()
 
@@ -144,11 +151,7 @@ class DatagramListener:
     def pace(self) -> None:
         """Go on after a pause, if there is something to go on with."""
         if self.waiting and self._pause is None and self.gate.endpoints is not None:
-            self._pause = self.loop.later(PAUSE, self._pause_over)
-
-    def _pause_over(self) -> None:
-        self._pause = None
-        self.release()
+            self._pause = self.loop.later(LONG_PAUSE if self._answers else PAUSE, self.go_on)
 
     def make_room(self, most: int, flow: Flow) -> bool:
         """Drop what others have kept for longest, until all of it is no more than so many bytes."""

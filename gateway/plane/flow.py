@@ -222,7 +222,7 @@ class Flow:
         self._listener.loop.modify(self.sock.fileno(), READ)
         if self.kept:
             self._wait_or_end()
-            self._listener.release()
+            self._listener.go_on()
 
     # backend -> client
 
