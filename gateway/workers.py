@@ -246,6 +246,7 @@ class Workers:
         self.served[number] = say.Serve(
             number, config.name, config.digest, math.ceil(limits.connections / spread), math.ceil(limits.pending / spread),
             float(limits.connect_timeout), float(limits.idle_timeout or 0),
+            float(limits.flow_timeout), limits.flow_datagrams, int(limits.flow_bytes),
         )  # fmt: skip
         self._send(self.served[number])
 
@@ -372,7 +373,7 @@ def _sum(a: Tally | None, b: Tally) -> Tally:
         return b
     return Tally(
         a.backend, a.connections + b.connections, a.parked + b.parked, a.total + b.total,
-        a.received + b.received, a.sent + b.sent, a.refused + b.refused,
+        a.received + b.received, a.sent + b.sent, a.refused + b.refused, a.dropped + b.dropped,
     )  # fmt: skip
 
 

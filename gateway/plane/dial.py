@@ -20,6 +20,9 @@ from gateway.plane.gate import Client
 from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import RESET
 
+TRIES = 3
+"""How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
+
 CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 FIRST_RETRY = 0.002  # seconds
 LONGEST_RETRY = 0.05
@@ -34,6 +37,8 @@ class Target(NamedTuple):
 
     family: int
     address: Any
+    stream: bool
+    """else datagrams go there (`gateway.plane.datagram`)"""
     tcp: bool
     near: bool
     """on this machine"""
@@ -44,13 +49,16 @@ class Target(NamedTuple):
 
 
 def target(endpoint: Endpoint) -> Target:
-    """Raises ValueError for an endpoint that no stream can be dialled to."""
-    if isinstance(endpoint, Inherited) or endpoint.type != socket.SOCK_STREAM:
+    """Raises ValueError for an endpoint that cannot be dialled."""
+    if isinstance(endpoint, Inherited):
         raise ValueError(f"{endpoint} cannot be dialled")
     near = isinstance(endpoint, Inet) and (endpoint.host.startswith("127.") or endpoint.host == "::1")
     mux_port = endpoint.port if isinstance(endpoint, VsockMux) else None
-    may_meet_itself = near and isinstance(endpoint, Tcp) and endpoint.port in _own_ports()
-    return Target(endpoint.family, endpoint.sockaddr, isinstance(endpoint, Tcp), near, mux_port, may_meet_itself)
+    may_meet_itself = near and isinstance(endpoint, Inet) and endpoint.port in _own_ports()
+    stream = endpoint.type == socket.SOCK_STREAM
+    return Target(
+        endpoint.family, endpoint.sockaddr, stream, isinstance(endpoint, Tcp), near, mux_port, may_meet_itself
+    )
 
 
 def _own_ports() -> range:

@@ -1,7 +1,8 @@
 """The gate of one backend in one worker: open with endpoints, or closed with clients parked before it.
 
 Counterpart: `gateway.activation` orders it open and closed; `gateway.plane.worker` leads clients to it. The gate counts and
-tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel.
+tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel. Flows of datagrams
+wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from socket import SocketType as Socket
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Serving, Tally, Wake
 from gateway.plane.loop import Loop
@@ -22,6 +24,37 @@ SETTLE = 0.1
 
 LIMIT_LOG_GAP = 1.0
 """Seconds between two reports of one limit."""
+
+
+class Waiting(Protocol):
+    """Who waits for a backend."""
+
+    @property
+    def source(self) -> str:
+        """Who it is, for people."""
+
+
+class Door(Protocol):
+    """A datagram socket, with the flows of its clients."""
+
+    @property
+    def waiting(self) -> Iterable[Waiting]:
+        """The flows that wait for the gate to open."""
+
+    def release(self) -> None:
+        """The gate has opened: deliver what waits."""
+
+    def reject(self) -> None:
+        """The start failed: drop what waits."""
+
+    def cut(self) -> None:
+        """End all flows."""
+
+
+def inet_name(peer: Any) -> str:
+    """A socket address of IPv4 or IPv6, for people."""
+    host, port = peer[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Client:
@@ -54,8 +87,7 @@ class Client:
     def source(self) -> str:
         """Who it is, for people."""
         if self.sock.family in (socket.AF_INET, socket.AF_INET6):
-            host, port = self.peer[:2]
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return inet_name(self.peer)
         if self.sock.family == socket.AF_UNIX:
             try:
                 pid, uid, _ = struct.unpack("iII", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -69,8 +101,9 @@ class Gate:
     """See the module. `tell` sends a message to the control plane."""
 
     __slots__ = (
-        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints",
-        "forgotten", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell", "total",
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "doors", "dropped",
+        "endpoints", "forgotten", "kept", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent",
+        "settling", "tell", "total", "waiting",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
@@ -81,10 +114,16 @@ class Gate:
         self.endpoints: dict[str, Any] | None = None
         self.opened: dict[str, str] = {}
         self.parked: dict[int, Client] = {}
+        self.doors: tuple[Door, ...] = ()
+        """the datagram sockets before it"""
+        self.waiting = 0
+        """flows of datagrams that wait at the doors"""
+        self.kept = 0
+        """bytes of the datagrams that are kept for them"""
         self.connections = 0
         self.dialling = 0
         """connects that did not succeed at once"""
-        self.total = self.received = self.sent = self.refused = 0
+        self.total = self.received = self.sent = self.refused = self.dropped = 0
         self.quiet_since = 0.0
         self.forgotten = False
         self._told_busy = False
@@ -100,9 +139,14 @@ class Gate:
 
     # Clients
 
+    @property
+    def full(self) -> bool:
+        """Whether no more may wait."""
+        return len(self.parked) + self.waiting >= self.limits.pending
+
     def park(self, client: Client) -> None:
         """Keep the client unread until the gate opens; the first one wakes the backend."""
-        if len(self.parked) >= self.limits.pending:
+        if self.full:
             self.turn_away(client, "limits.pending")
             return
         self.parked[client.fd] = client
@@ -111,13 +155,13 @@ class Gate:
         else:
             self.loop.add(client.fd, client, select.EPOLLET)
             client.registered = True
-        self._wake()
+        self.wake(client)
 
-    def _wake(self) -> None:
-        if self.endpoints is None and self.parked and not self._woke:
+    def wake(self, waiting: Waiting) -> None:
+        """Somebody waits: say so, once until the gate opens."""
+        if self.endpoints is None and not self._woke:
             self._woke = True
-            last = next(reversed(self.parked.values()))
-            self.tell(Wake(self.number, last.source))
+            self.tell(Wake(self.number, waiting.source))
 
     def turn_away(self, client: Client, limit: str) -> None:
         """Close a client because of a limit, which is named in the log."""
@@ -150,6 +194,8 @@ class Gate:
         self.endpoints = endpoints
         self.opened = opened
         self._woke = False
+        for door in self.doors:
+            door.release()
 
     def unpark(self) -> Client:
         """The client that has waited for longest."""
@@ -164,6 +210,8 @@ class Gate:
         parked, self.parked = self.parked, {}
         for client in parked.values():
             self.loop.discard(client.sock)
+        for door in self.doors:
+            door.reject()
         self.emptied()
 
     def cut(self) -> None:
@@ -171,6 +219,8 @@ class Gate:
         self.reject()
         for end in self.live():
             cut(end)
+        for door in self.doors:
+            door.cut()
 
     def live(self) -> list[End]:
         """The client side of each relayed connection. Looks through the table: for rare use."""
@@ -229,13 +279,23 @@ class Gate:
         if self.connections:
             self.tell_busy()
         self._woke = False
-        self._wake()
+        waiting = next(chain[Waiting](self.parked.values(), *(door.waiting for door in self.doors)), None)
+        if waiting is not None:
+            self.wake(waiting)
+
+    @property
+    def used(self) -> bool:
+        """Whether there is anything to count."""
+        return bool(self.total or self.parked or self.waiting or self.refused or self.dropped)
 
     def tally(self) -> Tally:
         live = self.live() if self.connections else []
         received = self.received + sum(end.moved for end in live)
         sent = self.sent + sum(end.peer_moved for end in live)
-        return Tally(self.number, self.connections, len(self.parked), self.total, received, sent, self.refused)
+        return Tally(
+            self.number, self.connections, len(self.parked) + self.waiting, self.total, received, sent, self.refused,
+            self.dropped,
+        )  # fmt: skip
 
     # limits.idle_timeout: no timestamp is taken in the data path; a sweep compares what was moved.
 

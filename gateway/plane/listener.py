@@ -32,14 +32,14 @@ class Listener:
     def __init__(
         self,
         loop: Loop,
-        fd: int,
+        sock: socket.socket,
         gate: Gate,
         order: Listen,
         admit: Callable[[Client], None],
         trouble: Callable[[str], None],
     ) -> None:
         self.loop = loop
-        self.sock = socket.socket(fileno=fd)
+        self.sock = sock
         self.gate = gate
         self.name = order.name
         self.held = Held(order.listener, order.backend, order.name, order.address)
@@ -49,7 +49,7 @@ class Listener:
         self._accept = self.sock._accept  # type: ignore[attr-defined]  # without making a Python-level socket each time
         self._family = self.sock.family
         # Level triggered: what a full batch leaves is reported again.
-        loop.add(fd, self, select.EPOLLIN)
+        loop.add(sock.fileno(), self, select.EPOLLIN)
 
     def event(self, mask: int) -> None:
         self._accept_batch()

@@ -3,6 +3,8 @@
     accept -> gate open:   connect -> relay
            -> gate closed: park, wake; when it opens: connect -> relay
 
+Clients that send datagrams are served beside, by `gateway.plane.datagram`, before the same gates.
+
 Counterpart: `gateway.workers` in the control plane starts this process and gives the orders, over the link. A worker knows
 of each backend only whether its gate is open, and where it is dialled. It starts nothing and decides nothing about
 sleep. A warm connection never talks to the control plane; without one, open gates stay open and clients of closed ones
@@ -25,16 +27,14 @@ from typing import Any, ClassVar
 
 from backends.endpoint import AddressError, parse
 from gateway.plane import link as say
-from gateway.plane.dial import dial, target
+from gateway.plane.datagram import DatagramListener
+from gateway.plane.dial import TRIES, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener
 from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import join
 from gateway.plane.rendezvous import Rendezvous
-
-TRIES = 3
-"""How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
 
 MOST_DIALS = 64
 """Connects under way to one backend. Where more are needed it does not keep up: the others stay parked, and cost nothing."""
@@ -54,7 +54,7 @@ class Worker:
         self.patience: Timer | None = None
         self.retiring = False
         self.gates: dict[int, Gate] = {}
-        self.listeners: dict[int, Listener] = {}
+        self.listeners: dict[int, Listener | DatagramListener] = {}
         self.settling = Settling(self.loop, self.settled)
         self.letting_in = False
         self.rendezvous: Rendezvous | None = None
@@ -78,7 +78,7 @@ class Worker:
             gate.turn_away(client, "limits.connections")
             return
         where = gate.endpoints.get(client.listener) or gate.endpoints.get("")
-        if where is None:
+        if where is None or not where.stream:
             gate.turn_away(client, f"endpoints: none for listener {client.listener!r}")
             return
         gate.enter()
@@ -130,8 +130,11 @@ class Worker:
         if order.listener in self.listeners:
             os.close(fd)
             return
-        gate = self.gates[order.backend]
-        self.listeners[order.listener] = Listener(self.loop, fd, gate, order, self.admit, self.trouble)
+        sock, gate = socket.socket(fileno=fd), self.gates[order.backend]
+        if sock.type == socket.SOCK_DGRAM:
+            self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order)
+        else:
+            self.listeners[order.listener] = Listener(self.loop, sock, gate, order, self.admit, self.trouble)
 
     def unlisten(self, order: say.Unlisten, fds: list[int]) -> None:
         listener = self.listeners.pop(order.listener, None)
@@ -173,7 +176,7 @@ class Worker:
             self.drop_forgotten(gate)
 
     def count(self, order: say.Count, fds: list[int]) -> None:
-        tallies = [gate.tally() for gate in self.gates.values() if gate.total or gate.parked or gate.refused]
+        tallies = [gate.tally() for gate in self.gates.values() if gate.used]
         while len(tallies) > TALLIES_IN_A_MESSAGE:
             self.tell(say.Counted(order.serial, tallies[:TALLIES_IN_A_MESSAGE], more=True))
             del tallies[:TALLIES_IN_A_MESSAGE]
@@ -205,7 +208,7 @@ class Worker:
         self.end_if_done()
 
     def end_if_done(self) -> None:
-        if self.retiring and not any(gate.connections or gate.parked for gate in self.gates.values()):
+        if self.retiring and not any(gate.connections or gate.parked or gate.waiting for gate in self.gates.values()):
             self.end()
 
     def end(self) -> None:
