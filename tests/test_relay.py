@@ -540,16 +540,6 @@ def test_what_the_client_said_before_leaves_at_once(pair: Pair) -> None:
     assert pair.served.recv(10, socket.MSG_DONTWAIT) == b"hello"
 
 
-def test_a_client_that_the_loop_watches_already(pair: Pair) -> None:
-    pair.loop.add(pair.near.fileno(), pair.owner, select.EPOLLET)  # type: ignore[arg-type]
-    pair.client.sendall(b"1")
-    end = join(pair.loop, pair.near, pair.far, pair.owner, client_registered=True)
-    assert pair.loop.table == {pair.near.fileno(): end, pair.far.fileno(): end.peer}
-    pair.client.sendall(b"2")
-    pair.turn()
-    assert pair.served.recv(10) == b"12"
-
-
 def test_a_client_that_is_gone_before_the_relay_begins() -> None:
     with Pair(socket.AF_INET) as pair:
         reset(pair.client)

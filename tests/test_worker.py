@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 from gateway.plane import link as say
+from gateway.plane.dial import dial, target
+from gateway.plane.gate import Client, Gate, Settling
+from gateway.plane.loop import Loop
 from tests.plane import Plane, Upstream, connect, plane
 from tests.running import cpu, descriptors, eventually, receive_all
 
@@ -116,8 +119,7 @@ def test_parked_client_that_resets_is_forgotten(worker: Plane) -> None:
     address = worker.serve()
     client = connect(address)
     worker.hear(say.Wake)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
+    reset(client)
     eventually(lambda: not worker.count().get(1) or worker.count()[1].parked == 0)
 
 
@@ -128,6 +130,53 @@ def test_parked_unix_client_that_closes_is_forgotten(worker: Plane, tmp_path: Pa
     assert worker.hear(say.Wake).source == f"pid {os.getpid()} uid {os.getuid()}"
     client.close()
     eventually(lambda: descriptors(worker.pid) == before)
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
+
+
+def test_parked_client_that_resets_while_it_is_dialled_in(worker: Plane, tmp_path: Path) -> None:
+    address, other = worker.serve(1, connect_timeout=0.1), worker.serve(2)
+    with Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint), Upstream() as upstream:
+        worker.open(2, upstream.endpoint)
+        worker.count()
+        open_files = descriptors(worker.pid)
+        client = connect(address)
+        worker.hear(say.Wake)
+        worker.open(1, full.endpoint)
+        worker.count()
+        reset(client)
+        with connect(other) as stranger, upstream.accept() as server:
+            eventually(lambda: worker.count()[1].connections == 0)
+            stranger.sendall(b"nothing to do with it")
+            assert server.recv(100) == b"nothing to do with it"
+        eventually(lambda: descriptors(worker.pid) == open_files)
+        assert (worker.count()[1].connections, worker.count()[1].parked) == (0, 0)
+
+
+def test_a_dial_has_one_outcome(tmp_path: Path) -> None:
+    """Also when the outcome itself fails, and the loop asks it to give up."""
+    outcomes: list[str] = []
+
+    def outcome(client: Client, sock: object, *why: object) -> None:
+        outcomes.append(client.listener)
+        raise ValueError("by the test")
+
+    loop, errors = Loop(), []
+    loop.on_error = lambda source, error: (errors.append(error), loop.stop())
+    gate = Gate(
+        loop, say.Serve(1, "one", "", 9, 9, 0.01, 0.0, 30.0, 16, 1 << 20), lambda message: None, Settling(loop, print)
+    )
+    near, far = socket.socketpair()
+    with near, far, Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint):
+        dial(loop, Client(gate, "first", near, ""), target(full.endpoint), outcome)
+        assert gate.dialling == 1
+        loop.run()
+    loop.close()
+    assert outcomes == ["first"] and len(errors) == 1
+    assert gate.dialling == 0
 
 
 def test_parked_half_closed_client_is_served(worker: Plane) -> None:

@@ -23,7 +23,7 @@ from gateway.plane.relay import RESET
 TRIES = 3
 """How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
 
-CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 FIRST_RETRY = 0.002  # seconds
 LONGEST_RETRY = 0.05
 STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -115,7 +115,7 @@ class Dial:
         self.loop = loop
         self.client = client
         self.where = where
-        self.outcome = outcome
+        self.outcome: Outcome | None = outcome
         self.sock: Socket | None = None
         self.asked = False
         self.deadline = loop.now() + client.gate.limits.connect_timeout
@@ -198,12 +198,19 @@ class Dial:
             self.attempted(*attempt(self.where))
 
     def _finish(self, sock: Socket | None, why: str) -> None:
-        self.client.gate.dialling -= 1
-        self.outcome(self.client, sock, why)
+        outcome, self.outcome = self.outcome, None
+        if outcome is not None:  # `abort` may come after it
+            self.client.gate.dialling -= 1
+            outcome(self.client, sock, why)
 
     def _watch(self, sock: Socket, mask: int, patience: float) -> None:
+        try:
+            self.loop.add(sock.fileno(), self, mask)
+        except OSError as error:
+            sock.close()
+            self._failed(error.errno or errno.ENOMEM)
+            return
         self.sock = sock
-        self.loop.add(sock.fileno(), self, mask)
         self.timer = self.loop.later(patience, self._retry)
 
     def _release(self) -> Socket:

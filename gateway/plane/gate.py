@@ -60,7 +60,7 @@ def inet_name(peer: Any) -> str:
 class Client:
     """An accepted connection that is not relayed yet. Parked, it waits for nothing but being hung up."""
 
-    __slots__ = ("fd", "gate", "listener", "peer", "registered", "sock", "tries")
+    __slots__ = ("fd", "gate", "listener", "peer", "sock", "tries")
 
     def __init__(self, gate: Gate, listener: str, sock: Socket, peer: Any) -> None:
         self.gate = gate
@@ -68,7 +68,6 @@ class Client:
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
-        self.registered = False
         self.tries = 0
 
     def event(self, mask: int) -> None:
@@ -149,12 +148,8 @@ class Gate:
         if self.full:
             self.turn_away(client, "limits.pending")
             return
+        self.loop.add(client.fd, client, select.EPOLLET)
         self.parked[client.fd] = client
-        if client.registered:
-            self.loop.modify(client.fd, select.EPOLLET)
-        else:
-            self.loop.add(client.fd, client, select.EPOLLET)
-            client.registered = True
         self.wake(client)
 
     def wake(self, waiting: Waiting) -> None:
@@ -198,8 +193,10 @@ class Gate:
             door.release()
 
     def unpark(self) -> Client:
-        """The client that has waited for longest."""
-        return self.parked.pop(next(iter(self.parked)))
+        """The client that has waited for longest. It is not watched: whoever dials for it finds out that it hung up."""
+        client = self.parked.pop(next(iter(self.parked)))
+        self.loop.remove(client.fd)
+        return client
 
     def close(self) -> None:
         self.endpoints = None

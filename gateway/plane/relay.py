@@ -371,11 +371,10 @@ class End:
             peer._pump()
 
 
-def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner, client_registered: bool = False) -> End:
+def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner) -> End:
     """Relay between two connected, non-blocking stream sockets, which are the relay's from now on; the client's End.
 
-    `client_registered`: the loop watches the client already, for somebody else. The pair may be over when this returns;
-    `owner.ended` has been called then.
+    The pair may be over when this returns; `owner.ended` has been called then.
     """
     end = End(loop, client, upstream, owner, True)
     peer = End(loop, upstream, client, owner, False)
@@ -388,11 +387,7 @@ def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner, cli
     if end.over:
         return end
     try:
-        if client_registered:
-            loop.table[end.fd] = end
-            loop.modify(end.fd, READ_WRITE if end._armed else READ)
-        else:
-            loop.add(end.fd, end, READ_WRITE if end._armed else READ)
+        loop.add(end.fd, end, READ_WRITE if end._armed else READ)
         loop.add(peer.fd, peer, READ_WRITE if peer._armed else READ)
     except OSError:  # ENOMEM, ENOSPC (fs.epoll.max_user_watches): it could never go on
         cut(end, reset=True)

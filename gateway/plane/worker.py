@@ -89,7 +89,7 @@ class Worker:
         """The backend took the connection, or did not."""
         gate = client.gate
         if upstream is not None:
-            join(self.loop, client.sock, upstream, gate, client.registered)
+            join(self.loop, client.sock, upstream, gate)
         else:
             gate.leave()
             self.not_taken(client, why)
