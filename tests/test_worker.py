@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from backends.endpoint import parse
 from gateway.plane import link as say
-from gateway.plane.dial import dial, target
+from gateway.plane.dial import Failure, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.loop import Loop
 from tests.plane import Plane, Upstream, connect, plane
@@ -156,6 +158,11 @@ def test_parked_client_that_resets_while_it_is_dialled_in(worker: Plane, tmp_pat
         assert (worker.count()[1].connections, worker.count()[1].parked) == (0, 0)
 
 
+def a_gate(loop: Loop) -> Gate:
+    limits = say.Serve(1, "one", "", 9, 9, 0.01, 0.0, 30.0, 16, 1 << 20)
+    return Gate(loop, limits, lambda message: None, Settling(loop, print))
+
+
 def test_a_dial_has_one_outcome(tmp_path: Path) -> None:
     """Also when the outcome itself fails, and the loop asks it to give up."""
     outcomes: list[str] = []
@@ -166,9 +173,7 @@ def test_a_dial_has_one_outcome(tmp_path: Path) -> None:
 
     loop, errors = Loop(), []
     loop.on_error = lambda source, error: (errors.append(error), loop.stop())
-    gate = Gate(
-        loop, say.Serve(1, "one", "", 9, 9, 0.01, 0.0, 30.0, 16, 1 << 20), lambda message: None, Settling(loop, print)
-    )
+    gate = a_gate(loop)
     near, far = socket.socketpair()
     with near, far, Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint):
         dial(loop, Client(gate, "first", near, ""), target(full.endpoint), outcome)
@@ -309,13 +314,52 @@ def test_unix_endpoint_with_a_full_backlog(worker: Plane, tmp_path: Path) -> Non
 def test_connect_timeout_has_its_name(worker: Plane, tmp_path: Path) -> None:
     address = worker.serve(connect_timeout=0.05)
     with Upstream(f"unix:{tmp_path}/up", backlog=0) as upstream, connect(upstream.endpoint):
+        worker.open(1, upstream.endpoint)
         with connect(address) as client:
-            for _ in range(2):
-                worker.open(1, upstream.endpoint)
-                worker.hear(say.Refused)
-            worker.open(1, upstream.endpoint)
             assert client.recv(1) == b""
         assert worker.hear(say.Limited).limit == "limits.connect_timeout"
+        # It is alive, only slow: nobody is to look after it, and the next client is dialled in.
+        assert worker.said_nothing_of(say.Refused)
+        upstream.accept().close()
+        with connect(address) as client, upstream.accept() as server:
+            client.sendall(b"next")
+            assert server.recv(10) == b"next"
+
+
+def test_a_dial_of_an_earlier_opening_closes_no_gate(worker: Plane, tmp_path: Path) -> None:
+    """It was put off by a full backlog, the backend came back elsewhere, and then the old place was gone."""
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/old", backlog=0) as old, connect(old.endpoint), Upstream() as new:
+        worker.open(1, old.endpoint)
+        with connect(address) as client:
+            client.sendall(b"patient")
+            eventually(lambda: 1 in (count := worker.count()) and count[1].connections == 1)
+            worker.open(1, new.endpoint)
+            worker.count()
+            os.unlink(tmp_path / "old")
+            with new.accept() as server:
+                assert server.recv(10) == b"patient"
+        assert worker.said_nothing_of(say.Refused)
+
+
+def test_ports_that_run_out_do_not_close_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every port of ours to that address is taken: that passes, and the backend has nothing to do with it."""
+    codes = [errno.EADDRNOTAVAIL, errno.EADDRNOTAVAIL, errno.ENOENT]
+    monkeypatch.setattr("gateway.plane.dial.attempt", lambda where: (None, codes.pop(0)))
+    outcomes: list[Failure] = []
+
+    def outcome(client: Client, sock: object, failure: Failure) -> None:
+        outcomes.append(failure)
+        loop.stop()
+
+    loop = Loop()
+    near, far = socket.socketpair()
+    with near, far:
+        dial(loop, Client(a_gate(loop), "", near, ""), target(parse("tcp://127.0.0.1:1")), outcome)
+        assert not outcomes
+        loop.run()
+    loop.close()
+    assert outcomes == [Failure(os.strerror(errno.ENOENT), gone=True)]
 
 
 def test_unlisten_takes_in_who_waits_already(worker: Plane) -> None:

@@ -23,13 +23,29 @@ from gateway.plane.relay import RESET
 TRIES = 3
 """How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
 
-CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+CAPACITY_ERRORS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC, errno.EADDRNOTAVAIL}
+)
+"""This machine has no descriptor, memory or port left; that passes, and says nothing of the backend."""
+
+GONE = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
+"""Nobody listens there. All else may be a backend that is alive, but slow or far."""
+
 FIRST_RETRY = 0.002  # seconds
 LONGEST_RETRY = 0.05
 STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
-Outcome = Callable[[Client, "Socket | None", str], None]
-"""Gets the client and the connected socket, or None and the reason."""
+
+class Failure(NamedTuple):
+    why: str
+    gone: bool
+    """nobody listens there"""
+
+
+TOO_SLOW = Failure("limits.connect_timeout", False)
+
+Outcome = Callable[[Client, "Socket | None", "Failure | None"], None]
+"""Gets the client and the connected socket, or why there is none."""
 
 
 class Target(NamedTuple):
@@ -72,7 +88,7 @@ def dial(loop: Loop, client: Client, where: Target, outcome: Outcome) -> None:
     """Connect; on the same machine the outcome usually comes before this returns."""
     sock, code = attempt(where)
     if code == 0 and where.mux_port is None:
-        outcome(client, sock, "")
+        outcome(client, sock, None)
     else:
         Dial(loop, client, where, outcome).attempted(sock, code)
 
@@ -149,11 +165,11 @@ class Dial:
     def abort(self) -> None:
         if self.sock is not None:
             self.loop.discard(self._release())
-        self._finish(None, "internal error")
+        self._finish(None, Failure("internal error", False))
 
     def _stands(self, sock: Socket) -> None:
         if self.where.mux_port is None:
-            self._finish(sock, "")
+            self._finish(sock, None)
             return
         # vsock-mux: ask for the port, and wait for the line that says OK. The request fits any socket buffer.
         self.asked = True
@@ -176,32 +192,32 @@ class Dial:
         line, newline, _ = seen.partition(b"\n")
         if newline and re.fullmatch(rb"OK \d+", line):
             sock.recv(len(line) + 1)
-            self._finish(self._release(), "")
+            self._finish(self._release(), None)
         elif newline or not seen or not b"OK ".startswith(seen[:3]) or len(seen) == 64:
             self.loop.discard(self._release())
-            self._finish(None, "the vsock multiplexer did not answer OK")
+            self._finish(None, Failure("the vsock multiplexer did not answer OK", True))
 
     def _failed(self, code: int) -> None:
         """Full backlogs and a lack of descriptors pass; nobody wakes us then, so a timer does."""
         if code in CAPACITY_ERRORS or (code == errno.EAGAIN and self.where.family == socket.AF_UNIX):
             self.timer = self.loop.later(min(self._next_gap(), self._left()), self._retry)
         else:
-            self._finish(None, os.strerror(code))
+            self._finish(None, Failure(os.strerror(code), code in GONE))
 
     def _retry(self) -> None:
         if self.sock is not None:
             self.loop.discard(self._release())
         if self._left() <= 0:
-            self._finish(None, "limits.connect_timeout")
+            self._finish(None, TOO_SLOW)
         else:
             self.asked = False
             self.attempted(*attempt(self.where))
 
-    def _finish(self, sock: Socket | None, why: str) -> None:
+    def _finish(self, sock: Socket | None, failure: Failure | None) -> None:
         outcome, self.outcome = self.outcome, None
         if outcome is not None:  # `abort` may come after it
             self.client.gate.dialling -= 1
-            outcome(self.client, sock, why)
+            outcome(self.client, sock, failure)
 
     def _watch(self, sock: Socket, mask: int, patience: float) -> None:
         try:

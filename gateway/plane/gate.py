@@ -60,7 +60,7 @@ def inet_name(peer: Any) -> str:
 class Client:
     """An accepted connection that is not relayed yet. Parked, it waits for nothing but being hung up."""
 
-    __slots__ = ("fd", "gate", "listener", "peer", "sock", "tries")
+    __slots__ = ("dialled_under", "fd", "gate", "listener", "peer", "sock", "tries")
 
     def __init__(self, gate: Gate, listener: str, sock: Socket, peer: Any) -> None:
         self.gate = gate
@@ -68,6 +68,8 @@ class Client:
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
+        self.dialled_under: dict[str, Any] | None = None
+        """the gate's endpoints at the last try"""
         self.tries = 0
 
     def event(self, mask: int) -> None:

@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from backends.endpoint import AddressError, parse
 from gateway.plane import link as say
 from gateway.plane.datagram import DatagramListener
-from gateway.plane.dial import TRIES, dial, target
+from gateway.plane.dial import TRIES, Failure, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener
@@ -83,28 +83,33 @@ class Worker:
             return
         gate.enter()
         client.tries += 1
+        client.dialled_under = gate.endpoints
         dial(self.loop, client, where, self.dialled)
 
-    def dialled(self, client: Client, upstream: Socket | None, why: str) -> None:
+    def dialled(self, client: Client, upstream: Socket | None, failure: Failure | None) -> None:
         """The backend took the connection, or did not."""
         gate = client.gate
         if upstream is not None:
             join(self.loop, client.sock, upstream, gate)
-        else:
+        elif failure is not None:
             gate.leave()
-            self.not_taken(client, why)
+            self.not_taken(client, failure)
         if gate.parked:
             self.let_in(gate)
 
-    def not_taken(self, client: Client, why: str) -> None:
-        """It died a moment ago, perhaps. The client must not pay for that: it waits while the control plane looks."""
+    def not_taken(self, client: Client, failure: Failure) -> None:
+        """It died a moment ago, perhaps. The client must not pay for that: it waits while the control plane looks.
+
+        A backend that does not keep up is not dead. And a dial that began before the gate was opened anew tells nothing
+        of what is there since then.
+        """
         gate = client.gate
-        if client.tries >= TRIES:
-            gate.turn_away(client, why)
+        if client.tries >= TRIES or not failure.gone:
+            gate.turn_away(client, failure.why)
             return
-        if gate.endpoints is not None:
+        if gate.endpoints is not None and gate.endpoints is client.dialled_under:
             gate.close()
-            self.tell(say.Refused(gate.number, why))
+            self.tell(say.Refused(gate.number, failure.why))
         gate.park(client)
 
     def let_in(self, gate: Gate) -> None:
