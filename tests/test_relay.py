@@ -374,6 +374,20 @@ def test_a_reset_while_the_other_side_is_full(line: Line) -> None:
         assert line.relay.load() < 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["client", "server"])
+def test_a_reset_while_both_directions_are_full(line: Line, by: str) -> None:
+    client, served = line.pair()
+    with client, served:
+        fill(client)
+        fill(served)
+        gone, left = (client, served) if by == "client" else (served, client)
+        reset(gone)
+        poll = select.poll()
+        poll.register(left, select.POLLRDHUP)
+        assert poll.poll(DEADLINE * 1000)
+
+
 # Many
 
 

@@ -364,8 +364,9 @@ class End:
         peer = self.peer
         self._eof = peer._shut = True
         if peer._blocked:
-            return  # goes on by EPOLLOUT, meets its end of file, and cuts
-        if peer._eof:
+            # Its reader is this socket, which may itself wait for us to read from it, and that is over: neither would go on.
+            cut(self, reset=True)
+        elif peer._eof:
             cut(self, reset)
         else:
             peer._pump()
