@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import select
+import signal
 import socket
 import struct
 import threading
@@ -21,7 +22,7 @@ import pytest
 
 from backends.endpoint import Tcp, bind, of_socket
 from gateway.plane.loop import Loop
-from gateway.plane.relay import SIZE, End, Pipes, cut, join
+from gateway.plane.relay import BULK, SIZE, End, Pipes, cut, join
 from tests.relaying import DEADLINE, Relayed, relayed, stream
 from tests.running import eventually
 
@@ -386,6 +387,43 @@ def test_a_reset_while_both_directions_are_full(line: Line, by: str) -> None:
         poll = select.poll()
         poll.register(left, select.POLLRDHUP)
         assert poll.poll(DEADLINE * 1000)
+
+
+# Urgent data: it is not passed on as such, tcp(7), and holds up nothing
+
+
+def test_what_comes_after_urgent_data_is_not_stuck(tmp_path: Path) -> None:
+    with a_line("tcp-tcp", tmp_path) as line:
+        client, served = line.pair()
+        with client, served:
+            client.sendall(b"warm")
+            assert served.recv(10) == b"warm"
+            os.kill(line.relay.pid, signal.SIGSTOP)  # so that it finds all of it at once
+            client.sendall(b"abc")
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(b"def")
+            os.kill(line.relay.pid, signal.SIGCONT)
+            received = b""
+            while len(received) < 6:
+                received += served.recv(10)
+            assert received == b"abcdef"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_urgent_data_among_bulk_is_not_the_end(ends: bool) -> None:
+    with Pair(socket.AF_INET) as pair:
+        end = join(pair.loop, pair.near, pair.far, pair.owner)
+        end._full = BULK
+        pair.client.sendall(b"a" * 100)
+        pair.client.send(b"!", socket.MSG_OOB)
+        pair.client.sendall(b"b" * 100)
+        if ends:
+            pair.client.shutdown(socket.SHUT_WR)
+        pair.turn()
+        assert pair.served.recv(1000) == b"a" * 100 + b"b" * 100
+        if ends:
+            assert pair.served.recv(1) == b""
+        cut(end)
 
 
 # Many

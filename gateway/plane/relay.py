@@ -39,7 +39,9 @@ SMALL = 16 << 10
 BUDGET = 4 << 20
 """Bytes that one direction may move before the others have their turn."""
 
-READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+READ = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+"""PRI: a read stops at the mark of urgent data, tcp(7). So no short read is taken for the last one then."""
+
 READ_WRITE = READ | select.EPOLLOUT
 GONE = select.EPOLLHUP | select.EPOLLERR
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -181,6 +183,8 @@ class End:
             if self.over:
                 return
         if mask & ~select.EPOLLOUT:
+            if mask & select.EPOLLPRI:
+                self._spliceable = False  # at the mark it says EAGAIN, or the end, and more is there
             if not self._eof:
                 # Blocked, it is not read; an edge that comes now, a FIN perhaps, is found when it flows again, because
                 # then it is read to EAGAIN. Level-triggered, HUP and ERR would be reported for ever.
@@ -288,7 +292,9 @@ class End:
             return False
         self._piped = size
         if not size:
-            self._eof = True
+            # The end, or the mark of urgent data: a read tells.
+            self._return_pipe()
+            self._full = 0
         return True
 
     def _flush(self) -> bool:
