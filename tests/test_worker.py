@@ -284,6 +284,35 @@ def test_listener_names_choose_the_endpoint(worker: Plane) -> None:
             assert server.recv(10) == b"select"
 
 
+@pytest.mark.parametrize("bad", ["tcp://[fe80::1%nosuch0]:80", "fd://web", "gopher://x"])
+def test_an_endpoint_that_is_no_good_is_left_out(worker: Plane, bad: str) -> None:
+    address = worker.serve(name="db")
+    other = worker.listen(1, "tcp://127.0.0.1:0", "web", 50)
+    with Upstream() as upstream, connect(address) as waiting:
+        worker.hear(say.Wake)
+        worker.send(say.Open(1, {"": str(upstream.endpoint), "db": bad}))
+        assert bad in worker.hear(say.Trouble).text
+        assert waiting.recv(1) == b""
+        assert worker.hear(say.Limited).limit == "endpoints: none for listener 'db'"
+        with connect(other) as client, upstream.accept() as server:
+            client.sendall(b"web")
+            assert server.recv(10) == b"web"
+
+
+def test_a_gate_opens_without_a_descriptor_to_spare(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream, connect(address) as client:
+        client.sendall(b"waits")
+        worker.hear(say.Wake)
+        before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (descriptors(worker.pid), before[1]))
+        worker.open(1, upstream.endpoint)
+        worker.count()
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
+        with upstream.accept() as server:
+            assert server.recv(10) == b"waits"
+
+
 def test_full_backlog_costs_no_second(worker: Plane) -> None:
     """A backend with a tiny backlog that accepts slowly: the kernel would let the others wait for a retransmission."""
     address = worker.serve()

@@ -7,6 +7,7 @@ client before the connection stands, so a refused client can be parked again as 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import select
@@ -65,20 +66,21 @@ class Target(NamedTuple):
 
 
 def target(endpoint: Endpoint) -> Target:
-    """Raises ValueError for an endpoint that cannot be dialled."""
+    """Raises ValueError or OSError for an endpoint that cannot be dialled."""
     if isinstance(endpoint, Inherited):
         raise ValueError(f"{endpoint} cannot be dialled")
     near = isinstance(endpoint, Inet) and (endpoint.host.startswith("127.") or endpoint.host == "::1")
     mux_port = endpoint.port if isinstance(endpoint, VsockMux) else None
-    may_meet_itself = near and isinstance(endpoint, Inet) and endpoint.port in _own_ports()
+    may_meet_itself = near and isinstance(endpoint, Inet) and endpoint.port in own_ports()
     stream = endpoint.type == socket.SOCK_STREAM
     return Target(
         endpoint.family, endpoint.sockaddr, stream, isinstance(endpoint, Tcp), near, mux_port, may_meet_itself
     )
 
 
-def _own_ports() -> range:
-    """The ports that the kernel gives to sockets that connect, ip(7)."""
+@functools.cache
+def own_ports() -> range:
+    """The ports that the kernel gives to sockets that connect, ip(7). Read once: later there may be no descriptor for it."""
     with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
         first, last = map(int, file.read().split())
     return range(first, last + 1)

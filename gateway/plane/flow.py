@@ -151,7 +151,7 @@ class Flow:
         """Have a socket to where the open gate leads; else the flow has ended or waits again."""
         listener, gate = self._listener, self._listener.gate
         assert gate.endpoints is not None
-        where: Target | None = gate.endpoints.get(listener.name) or gate.endpoints.get("")
+        where = gate.leads_to(listener.name)
         if self.sock is not None:
             if where == self._connected_to:
                 return True

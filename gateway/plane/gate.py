@@ -194,6 +194,11 @@ class Gate:
         for door in self.doors:
             door.release()
 
+    def leads_to(self, listener: str) -> Any:
+        """The target of a listener's clients, of the open gate; None where there is none."""
+        assert self.endpoints is not None
+        return self.endpoints[listener] if listener in self.endpoints else self.endpoints.get("")
+
     def unpark(self) -> Client:
         """The client that has waited for longest. It is not watched: whoever dials for it finds out that it hung up."""
         client = self.parked.pop(next(iter(self.parked)))

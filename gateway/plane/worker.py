@@ -25,10 +25,10 @@ from collections.abc import Iterable, Sequence
 from socket import SocketType as Socket
 from typing import Any, ClassVar
 
-from backends.endpoint import AddressError, parse
+from backends.endpoint import parse
 from gateway.plane import link as say
 from gateway.plane.datagram import DatagramListener
-from gateway.plane.dial import TRIES, Failure, dial, target
+from gateway.plane.dial import TRIES, Failure, Target, dial, own_ports, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener
@@ -58,6 +58,7 @@ class Worker:
         self.settling = Settling(self.loop, self.settled)
         self.letting_in = False
         self.rendezvous: Rendezvous | None = None
+        own_ports()
         self.linked(sock)
 
     # A connection
@@ -73,11 +74,10 @@ class Worker:
     def connect(self, client: Client) -> None:
         """The gate is open: dial the backend."""
         gate = client.gate
-        assert gate.endpoints is not None
         if gate.connections >= gate.limits.connections:
             gate.turn_away(client, "limits.connections")
             return
-        where = gate.endpoints.get(client.listener) or gate.endpoints.get("")
+        where = gate.leads_to(client.listener)
         if where is None or not where.stream:
             gate.turn_away(client, f"endpoints: none for listener {client.listener!r}")
             return
@@ -150,12 +150,14 @@ class Worker:
         gate = self.gates.get(order.backend)
         if gate is None:  # it came when this worker was retiring already
             return
-        try:
-            endpoints = {name: target(parse(address)) for name, address in order.endpoints.items()}
-        except (AddressError, ValueError) as error:
-            self.trouble(f"{gate.limits.name}: {error}")
-            gate.reject()
-            return
+        endpoints: dict[str, Target | None] = {}
+        for name, address in order.endpoints.items():
+            # One that is no good is left out: its clients are turned away by that name, and do not wait for ever.
+            try:
+                endpoints[name] = target(parse(address))
+            except (OSError, ValueError) as error:
+                endpoints[name] = None
+                self.trouble(f"{gate.limits.name}: {address}: {error}")
         gate.open(endpoints, order.endpoints)
         self.let_in(gate)
 
