@@ -503,3 +503,18 @@ def test_vsock_mux_that_does_not_say_ok(worker: Plane, tmp_path: Path, answer: b
             else:
                 server.close()
             assert "OK" in worker.hear(say.Refused).error
+
+
+def test_vsock_mux_that_gives_half_an_answer(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/mux") as mux:
+        worker.open(1, f"vsock-mux:{tmp_path}/mux:52")
+        with connect(address) as client, mux.accept() as server:
+            server.recv(100)
+            server.sendall(b"OK 12")
+            worker.count()
+            used = cpu(worker.pid)
+            time.sleep(0.2)
+            assert cpu(worker.pid) - used < 0.1
+            server.sendall(b"34\nbanner")
+            assert client.recv(100) == b"banner"

@@ -181,7 +181,8 @@ class Dial:
             sock.close()
             self._failed(error.errno or 0)
             return
-        self._watch(sock, select.EPOLLIN, self._left())
+        # Edge-triggered: half an answer stays in the socket and would be reported again and again.
+        self._watch(sock, select.EPOLLIN | select.EPOLLET, self._left())
 
     def _read_answer(self, sock: Socket) -> None:
         """Take the line `OK <number>` and not a byte more: what follows belongs to the client."""
