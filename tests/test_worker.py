@@ -177,11 +177,11 @@ def test_a_dial_has_one_outcome(tmp_path: Path) -> None:
     near, far = socket.socketpair()
     with near, far, Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint):
         dial(loop, Client(gate, "first", near, ""), target(full.endpoint), outcome)
-        assert gate.dialling == 1
+        assert len(gate.dials) == 1
         loop.run()
     loop.close()
     assert outcomes == ["first"] and len(errors) == 1
-    assert gate.dialling == 0
+    assert not gate.dials
 
 
 def test_parked_half_closed_client_is_served(worker: Plane) -> None:
@@ -415,6 +415,25 @@ def test_cut_closes_everything_of_one_backend_only(worker: Plane) -> None:
             assert client.recv(1) == b""
             safe.sendall(b"alive")
             assert server.recv(10) == b"alive"
+
+
+def test_cut_ends_what_is_being_dialled_in(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint):
+        worker.open(1, full.endpoint)
+        worker.count()
+        open_files = descriptors(worker.pid)
+        with connect(address) as client:
+            eventually(lambda: 1 in (count := worker.count()) and count[1].connections == 1)
+            worker.send(say.Cut(1))
+            assert client.recv(1) == b""
+        full.accept().close()
+        worker.hear(say.Quiet)
+        assert worker.count()[1].connections == 0
+        assert descriptors(worker.pid) == open_files
+        full.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            full.accept()
 
 
 def test_forgotten_backend_lives_until_its_last_connection(worker: Plane) -> None:

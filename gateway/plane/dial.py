@@ -139,7 +139,7 @@ class Dial:
         self.deadline = loop.now() + client.gate.limits.connect_timeout
         self.gap = FIRST_RETRY
         self.timer: Timer | None = None
-        client.gate.dialling += 1
+        client.gate.dials.add(self)
 
     def attempted(self, sock: Socket | None, code: int) -> None:
         if sock is None:
@@ -164,9 +164,15 @@ class Dial:
             self.loop.discard(sock)
             self._failed(code or errno.ENOTCONN)
 
+    def cancel(self) -> Client:
+        """There will be no outcome: the client is the caller's again."""
+        self._give_up()
+        self.outcome = None
+        self.client.gate.dials.discard(self)
+        return self.client
+
     def abort(self) -> None:
-        if self.sock is not None:
-            self.loop.discard(self._release())
+        self._give_up()
         self._finish(None, Failure("internal error", False))
 
     def _stands(self, sock: Socket) -> None:
@@ -207,9 +213,14 @@ class Dial:
         else:
             self._finish(None, Failure(os.strerror(code), code in GONE))
 
-    def _retry(self) -> None:
+    def _give_up(self) -> None:
         if self.sock is not None:
             self.loop.discard(self._release())
+        elif self.timer is not None:
+            self.timer.cancel()
+
+    def _retry(self) -> None:
+        self._give_up()
         if self._left() <= 0:
             self._finish(None, TOO_SLOW)
         else:
@@ -219,7 +230,7 @@ class Dial:
     def _finish(self, sock: Socket | None, failure: Failure | None) -> None:
         outcome, self.outcome = self.outcome, None
         if outcome is not None:  # `abort` may come after it
-            self.client.gate.dialling -= 1
+            self.client.gate.dials.discard(self)
             outcome(self.client, sock, failure)
 
     def _watch(self, sock: Socket, mask: int, patience: float) -> None:

@@ -34,6 +34,13 @@ class Waiting(Protocol):
         """Who it is, for people."""
 
 
+class Dialling(Protocol):
+    """A connect that is under way."""
+
+    def cancel(self) -> Client:
+        """Stop it; whose it was."""
+
+
 class Door(Protocol):
     """A datagram socket, with the flows of its clients."""
 
@@ -102,7 +109,7 @@ class Gate:
     """See the module. `tell` sends a message to the control plane."""
 
     __slots__ = (
-        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "doors", "dropped",
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dials", "doors", "dropped",
         "endpoints", "forgotten", "kept", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent",
         "settling", "tell", "total", "waiting",
     )  # fmt: skip
@@ -122,7 +129,7 @@ class Gate:
         self.kept = 0
         """bytes of the datagrams that are kept for them"""
         self.connections = 0
-        self.dialling = 0
+        self.dials: set[Dialling] = set()
         """connects that did not succeed at once"""
         self.total = self.received = self.sent = self.refused = self.dropped = 0
         self.quiet_since = 0.0
@@ -219,8 +226,11 @@ class Gate:
         self.emptied()
 
     def cut(self) -> None:
-        """Close everything that is parked or relayed here."""
+        """Close everything that is parked, dialled in or relayed here."""
         self.reject()
+        for dial in tuple(self.dials):
+            self.loop.discard(dial.cancel().sock)
+            self.leave()
         for end in self.live():
             cut(end)
         for door in self.doors:

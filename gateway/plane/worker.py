@@ -66,7 +66,7 @@ class Worker:
     def admit(self, client: Client) -> None:
         """A listener accepted a client."""
         gate = client.gate
-        if gate.endpoints is None or gate.parked or gate.dialling >= MOST_DIALS:
+        if gate.endpoints is None or gate.parked or len(gate.dials) >= MOST_DIALS:
             gate.park(client)
         else:
             self.connect(client)
@@ -117,7 +117,7 @@ class Worker:
         if self.letting_in:
             return
         self.letting_in = True
-        while gate.parked and gate.endpoints is not None and gate.dialling < MOST_DIALS:
+        while gate.parked and gate.endpoints is not None and len(gate.dials) < MOST_DIALS:
             self.connect(gate.unpark())
         self.letting_in = False
 
