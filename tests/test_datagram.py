@@ -19,7 +19,7 @@ import pytest
 from backends.endpoint import Endpoint, bind, parse
 from gateway.plane import link as say
 from gateway.plane.datagram import LAST_ANSWERS
-from tests.plane import Plane, Upstream, connect, plane
+from tests.plane import LIMITS, Plane, Upstream, connect, plane
 from tests.running import PATIENCE, cpu, descriptors, eventually
 
 UDP = "udp://127.0.0.1:0"
@@ -475,6 +475,16 @@ def test_a_silent_flow_ends_and_then_it_is_quiet(worker: Plane) -> None:
         sock.send(b"2")
         assert backend.echo() == b"2"
         worker.hear(say.Busy)
+
+
+def test_a_new_flow_timeout_is_for_flows_that_are_there_already(worker: Plane) -> None:
+    address = worker.serve(listen=UDP, flow_timeout=3600.0)
+    with Datagrams() as backend, client(address) as sock:
+        worker.open(1, backend.endpoint)
+        sock.send(b"1")
+        assert backend.hear() == b"1"
+        worker.send(say.Serve(1, "backend-1", "", **{**LIMITS, "flow_timeout": 0.1}))
+        worker.hear(say.Quiet)
 
 
 @pytest.mark.slow

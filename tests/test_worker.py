@@ -19,7 +19,7 @@ from gateway.plane import link as say
 from gateway.plane.dial import Failure, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.loop import Loop
-from tests.plane import Plane, Upstream, connect, plane
+from tests.plane import LIMITS, Plane, Upstream, connect, plane
 from tests.running import cpu, descriptors, eventually, receive_all
 
 RESET = struct.pack("ii", 1, 0)
@@ -273,6 +273,18 @@ def test_silent_connection_is_cut_and_a_talking_one_is_not(worker: Plane) -> Non
             assert worker.hear(say.Limited).limit == "limits.idle_timeout"
             talking.sendall(b"still here")
             assert server.recv(100) == b"still here"
+
+
+@pytest.mark.parametrize("before", [0.0, 3600.0])
+def test_a_new_idle_timeout_is_for_those_who_are_there_already(worker: Plane, before: float) -> None:
+    address = worker.serve(idle_timeout=before)
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as silent, upstream.accept():
+            worker.hear(say.Busy)
+            worker.send(say.Serve(1, "backend-1", "", **{**LIMITS, "idle_timeout": 0.1}))
+            assert silent.recv(1) == b""
+            assert worker.hear(say.Limited).limit == "limits.idle_timeout"
 
 
 def test_listener_names_choose_the_endpoint(worker: Plane) -> None:

@@ -172,6 +172,12 @@ class DatagramListener:
             gap = (min(timeout, LAST_ANSWERS) if self.closed else timeout) / SWEEPS
             self._sweep_timer = self.loop.later(gap, self._sweep)
 
+    def timeout_changed(self) -> None:
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
+            self.sweep_on()
+
     def _sweep(self) -> None:
         """End the flows that had no datagram for `limits.flow_timeout`. Those that wait are not silent by themselves."""
         self._sweep_timer = None
@@ -209,10 +215,7 @@ class DatagramListener:
                 break
         self.closed = True
         self.loop.remove(self.sock.fileno())
-        if self._sweep_timer is not None:
-            self._sweep_timer.cancel()
-            self._sweep_timer = None
-            self.sweep_on()
+        self.timeout_changed()  # no client can ask any more
         self._close_if_done()
 
     def flow_ended(self) -> None:

@@ -16,7 +16,7 @@ from socket import SocketType as Socket
 from typing import Any, Protocol
 
 from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Serving, Tally, Wake
-from gateway.plane.loop import Loop
+from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import End, cut
 
 SETTLE = 0.1
@@ -56,6 +56,9 @@ class Door(Protocol):
 
     def cut(self) -> None:
         """End all flows."""
+
+    def timeout_changed(self) -> None:
+        """`limits.flow_timeout` is another one from now on."""
 
 
 def inet_name(peer: Any) -> str:
@@ -137,7 +140,7 @@ class Gate:
         self._told_busy = False
         self._woke = False
         self._idle: dict[End, tuple[int, float]] = {}
-        self._sweep = False
+        self._sweep: Timer | None = None
         self._limited: dict[str, tuple[int, str]] | None = None
         self._limited_timer = False
 
@@ -192,6 +195,19 @@ class Gate:
             self.tell(Limited(self.number, limit, count, source))
 
     # Orders
+
+    def limit(self, limits: Serve) -> None:
+        """Other limits from now on, also for who is here already."""
+        before, self.limits = self.limits, limits
+        if limits.idle_timeout != before.idle_timeout:
+            if self._sweep is not None:
+                self._sweep.cancel()
+                self._sweep = None
+            if self.connections:
+                self._arm_sweep()
+        if limits.flow_timeout != before.flow_timeout:
+            for door in self.doors:
+                door.timeout_changed()
 
     def open(self, endpoints: dict[str, Any], opened: dict[str, str]) -> None:
         """Open it; the caller connects the clients that are parked. `opened`: the endpoints as they were ordered."""
@@ -250,8 +266,7 @@ class Gate:
             self.settling.discard(self)
             if not self._told_busy:
                 self.tell_busy()
-            if self.limits.idle_timeout:
-                self._arm_sweep()
+            self._arm_sweep()
 
     def leave(self) -> None:
         """A connection is over, or was never made."""
@@ -314,12 +329,11 @@ class Gate:
     # limits.idle_timeout: no timestamp is taken in the data path; a sweep compares what was moved.
 
     def _arm_sweep(self) -> None:
-        if not self._sweep:
-            self._sweep = True
-            self.loop.later(self.limits.idle_timeout / 4, self._cut_idle)
+        if self._sweep is None and self.limits.idle_timeout:
+            self._sweep = self.loop.later(self.limits.idle_timeout / 4, self._cut_idle)
 
     def _cut_idle(self) -> None:
-        self._sweep = False
+        self._sweep = None
         now = self.loop.now()
         for end in self.live():
             moved = end.moved + end.peer_moved

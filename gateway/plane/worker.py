@@ -128,7 +128,7 @@ class Worker:
         if gate is None:
             self.gates[order.backend] = Gate(self.loop, order, self.tell, self.settling)
         else:
-            gate.limits = order
+            gate.limit(order)
 
     def listen(self, order: say.Listen, fds: list[int]) -> None:
         fd = fds.pop(0)
