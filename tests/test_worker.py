@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from gateway.plane import link as say
 from gateway.plane.dial import Failure, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.loop import Loop
+from gateway.plane.worker import Worker
 from tests.plane import LIMITS, Plane, Upstream, connect, plane
 from tests.running import cpu, descriptors, eventually, receive_all
 
@@ -87,6 +89,28 @@ def test_live_bytes_are_counted(worker: Plane) -> None:
             client.sendall(b"12345")
             assert server.recv(10) == b"12345"
             assert worker.count()[1].received == 5
+
+
+def test_counting_looks_once_at_each_connection() -> None:
+    """However many backends there are: nothing else moves meanwhile."""
+
+    class Table(dict[int, Any]):
+        looks = 0
+
+        def values(self) -> Any:
+            self.looks += 1
+            return super().values()
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        worker = Worker(theirs, "", 0)
+        for number in range(8):
+            worker.serve(say.Serve(number, f"backend-{number}", "", **LIMITS), [])
+            worker.gates[number].enter()
+        table = worker.loop.table = Table(worker.loop.table)
+        worker.count(say.Count(1), [])
+        worker.loop.close()
+    assert table.looks == 1
 
 
 def test_close_answers_with_what_is_left(worker: Plane) -> None:

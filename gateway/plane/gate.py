@@ -10,14 +10,14 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from socket import SocketType as Socket
 from typing import Any, Protocol
 
 from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Serving, Tally, Wake
 from gateway.plane.loop import Loop, Timer
-from gateway.plane.relay import End, cut
+from gateway.plane.relay import End, Owner, cut
 
 SETTLE = 0.1
 """Seconds that a gate must be quiet before it is said, so that short connections in a row cost the control plane nothing."""
@@ -317,8 +317,8 @@ class Gate:
         """Whether there is anything to count."""
         return bool(self.total or self.parked or self.waiting or self.refused or self.dropped)
 
-    def tally(self) -> Tally:
-        live = self.live() if self.connections else []
+    def tally(self, live: Sequence[End]) -> Tally:
+        """Its counters; `live`: its part of `live_by_gate`."""
         received = self.received + sum(end.moved for end in live)
         sent = self.sent + sum(end.peer_moved for end in live)
         return Tally(
@@ -347,6 +347,15 @@ class Gate:
             self._arm_sweep()
         else:
             self._idle.clear()
+
+
+def live_by_gate(loop: Loop) -> dict[Owner, list[End]]:
+    """The client sides of all relayed connections, in one look through the table."""
+    found: dict[Owner, list[End]] = {}
+    for end in loop.table.values():
+        if isinstance(end, End) and end.client:
+            found.setdefault(end.owner, []).append(end)
+    return found
 
 
 class Settling:

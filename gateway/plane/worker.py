@@ -29,7 +29,7 @@ from backends.endpoint import parse
 from gateway.plane import link as say
 from gateway.plane.datagram import DatagramListener
 from gateway.plane.dial import TRIES, Failure, Target, dial, own_ports, target
-from gateway.plane.gate import Client, Gate, Settling
+from gateway.plane.gate import Client, Gate, Settling, live_by_gate
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener
 from gateway.plane.loop import Loop, Timer
@@ -183,7 +183,8 @@ class Worker:
             self.drop_forgotten(gate)
 
     def count(self, order: say.Count, fds: list[int]) -> None:
-        tallies = [gate.tally() for gate in self.gates.values() if gate.used]
+        live = live_by_gate(self.loop)
+        tallies = [gate.tally(live.get(gate, ())) for gate in self.gates.values() if gate.used]
         while len(tallies) > TALLIES_IN_A_MESSAGE:
             self.tell(say.Counted(order.serial, tallies[:TALLIES_IN_A_MESSAGE], more=True))
             del tallies[:TALLIES_IN_A_MESSAGE]
