@@ -341,7 +341,9 @@ def test_a_gate_opens_without_a_descriptor_to_spare(worker: Plane) -> None:
         client.sendall(b"waits")
         worker.hear(say.Wake)
         before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (descriptors(worker.pid), before[1]))
+        used = set(map(int, os.listdir(f"/proc/{worker.pid}/fd")))
+        lowest_free = min(set(range(1000)) - used)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))
         worker.open(1, upstream.endpoint)
         worker.count()
         resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
@@ -501,6 +503,20 @@ def test_descriptors_run_out_and_come_back(worker: Plane) -> None:
         assert cpu(worker.pid) - used < 0.5
         for client in clients:
             client.close()
+
+
+def test_the_same_trouble_is_said_once_in_a_while(worker: Plane) -> None:
+    addresses = [worker.serve(number) for number in range(1, 6)]
+    before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (descriptors(worker.pid), before[1]))
+    clients = [connect(address) for address in addresses]
+    worker.hear(say.Trouble)
+    time.sleep(0.2)
+    assert worker.said_nothing_of(say.Trouble)
+    worker.hear(say.Trouble)  # but it is not forgotten
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
+    for client in clients:
+        client.close()
 
 
 def test_worker_ends_when_the_control_plane_is_gone() -> None:

@@ -41,6 +41,9 @@ MOST_DIALS = 64
 
 TALLIES_IN_A_MESSAGE = 1000
 
+TROUBLE_GAP = 1.0
+"""Seconds between two reports of the same trouble."""
+
 
 class Worker:
     """`orphan_time`: seconds that it goes on without a control plane. It is found in the folder `directory` then."""
@@ -57,6 +60,8 @@ class Worker:
         self.listeners: dict[int, Listener | DatagramListener] = {}
         self.settling = Settling(self.loop, self.settled)
         self.letting_in = False
+        self.troubles: dict[str, float] = {}
+        """what was said a moment ago, and when"""
         self.rendezvous: Rendezvous | None = None
         own_ports()
         self.linked(sock)
@@ -303,7 +308,12 @@ class Worker:
             self.loop.modify(self.link.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def trouble(self, text: str) -> None:
-        self.tell(say.Trouble(text))
+        """Say it to people, who do not want to read the same again at once."""
+        now = self.loop.now()
+        self.troubles = {text: when for text, when in self.troubles.items() if now - when < TROUBLE_GAP}
+        if text not in self.troubles:
+            self.troubles[text] = now
+            self.tell(say.Trouble(text))
 
     def broken(self, source: object, error: BaseException) -> None:
         self.trouble(f"unexpected error in {type(source).__name__}: {error!r}")
