@@ -113,6 +113,29 @@ def test_counting_looks_once_at_each_connection() -> None:
     assert table.looks == 1
 
 
+def test_an_unexpected_error_shuts_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled: list[Client] = []
+
+    def connect(client: Client) -> None:
+        dialled.append(client)
+        if len(dialled) == 1:
+            raise ZeroDivisionError
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    first, second = socket.socketpair()
+    with ours, theirs, first, second:
+        worker = Worker(theirs, "", 0)
+        monkeypatch.setattr(worker, "connect", connect)
+        worker.serve(say.Serve(1, "one", "", **LIMITS), [])
+        for sock in (first, second):
+            worker.admit(Client(worker.gates[1], "", sock, ""))
+        with pytest.raises(ZeroDivisionError):
+            worker.open(say.Open(1, {"": "tcp://127.0.0.1:1"}), [])
+        worker.open(say.Open(1, {"": "tcp://127.0.0.1:1"}), [])
+        worker.loop.close()
+    assert [client.sock for client in dialled] == [first, second]
+
+
 def test_close_answers_with_what_is_left(worker: Plane) -> None:
     address = worker.serve()
     with Upstream() as upstream:

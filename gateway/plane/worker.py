@@ -122,9 +122,11 @@ class Worker:
         if self.letting_in:
             return
         self.letting_in = True
-        while gate.parked and gate.endpoints is not None and len(gate.dials) < MOST_DIALS:
-            self.connect(gate.unpark())
-        self.letting_in = False
+        try:
+            while gate.parked and gate.endpoints is not None and len(gate.dials) < MOST_DIALS:
+                self.connect(gate.unpark())
+        finally:
+            self.letting_in = False
 
     # Orders
 
