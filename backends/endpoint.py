@@ -244,6 +244,8 @@ def _local(text: str, scheme: str, rest: str, directory: Path | None) -> Unix | 
             raise AddressError(f"{text!r}: unknown option {key!r}; allowed: mode, owner, group")
     if not path.startswith("@"):
         path = _path(text, path, directory)
+        if "?" in path:  # it came with the directory; printed, the address would not be the same
+            raise AddressError(f"{text!r}: {path} has a '?', where options begin; allowed: a directory without one")
     elif not 1 < len(os.fsencode(path)) <= UNIX_PATH_MAX:
         raise AddressError(f"{text!r}: an abstract name has 1 to {UNIX_PATH_MAX - 1} bytes")
     elif options:
