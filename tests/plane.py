@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import select
 import socket
 import subprocess
@@ -28,13 +29,14 @@ LIMITS: dict[str, Any] = {
 class Plane:
     """One worker. `hear` waits for a message of a type, and keeps the others for later."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, limit: int | None = None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()), directory, "0"],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))),
             )
         self.link = Link(ours)
         self.heard: list[Any] = []
@@ -101,9 +103,10 @@ class Plane:
 
 
 @contextlib.contextmanager
-def plane() -> Iterator[Plane]:
+def plane(limit: int | None = None) -> Iterator[Plane]:
+    """`limit`: how many descriptors the worker may have."""
     with tempfile.TemporaryDirectory() as directory:
-        running = Plane(directory)
+        running = Plane(directory, limit)
         try:
             yield running
             running.close()

@@ -528,6 +528,27 @@ def test_descriptors_run_out_and_come_back(worker: Plane) -> None:
             client.close()
 
 
+def test_clients_leave_descriptors_for_orders_and_backends() -> None:
+    with plane(limit=80) as worker, Upstream() as upstream:
+        many, other = worker.serve(1), worker.serve(2)
+        clients = [connect(many) for _ in range(100)] + [connect(other) for _ in range(2)]
+        assert "few descriptors" in worker.hear(say.Trouble).text
+        assert worker.count()[1].parked < 60
+        third = worker.serve(3)  # an order with a descriptor
+        worker.open(1, upstream.endpoint)
+        for _ in range(10):  # and sockets to the backend
+            upstream.accept().close()
+        for client in clients:
+            client.close()
+        with connect(third):
+
+            def third_is_in() -> bool:
+                worker.send(say.Cut(1), say.Cut(2))
+                return 3 in worker.count()
+
+            eventually(third_is_in)
+
+
 def test_the_same_trouble_is_said_once_in_a_while(worker: Plane) -> None:
     addresses = [worker.serve(number) for number in range(1, 6)]
     before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)

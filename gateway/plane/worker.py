@@ -31,7 +31,7 @@ from gateway.plane.datagram import DatagramListener
 from gateway.plane.dial import TRIES, Failure, Target, dial, own_ports, target
 from gateway.plane.gate import Client, Gate, Settling, live_by_gate
 from gateway.plane.link import Link, LinkClosed
-from gateway.plane.listener import Listener
+from gateway.plane.listener import Listener, Room
 from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import join
 from gateway.plane.rendezvous import Rendezvous
@@ -59,6 +59,7 @@ class Worker:
         self.gates: dict[int, Gate] = {}
         self.listeners: dict[int, Listener | DatagramListener] = {}
         self.settling = Settling(self.loop, self.settled)
+        self.room = Room(self.loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.letting_in = False
         self.troubles: dict[str, float] = {}
         """what was said a moment ago, and when"""
@@ -146,7 +147,7 @@ class Worker:
         if sock.type == socket.SOCK_DGRAM:
             self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order)
         else:
-            self.listeners[order.listener] = Listener(self.loop, sock, gate, order, self.admit, self.trouble)
+            self.listeners[order.listener] = Listener(self.loop, sock, gate, order, self.room, self.admit, self.trouble)
 
     def unlisten(self, order: say.Unlisten, fds: list[int]) -> None:
         listener = self.listeners.pop(order.listener, None)
