@@ -13,7 +13,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backends.endpoint import AddressError, Endpoint, Inherited, Local, Tcp, bind, of_socket, set_rights
+from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Local, bind, of_socket, set_rights
 from gateway.config import Listener
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Listeners:
 def _same(bound: Endpoint, wanted: Endpoint) -> bool:
     if type(bound) is not type(wanted):
         return False
-    if isinstance(wanted, Tcp) and isinstance(bound, Tcp):
+    if isinstance(wanted, Inet) and isinstance(bound, Inet):
         everywhere = ("*", "::")
         same_host = bound.host == wanted.host or (bound.host in everywhere and wanted.host in everywhere)
         return same_host and bound.port == wanted.port
@@ -142,7 +142,7 @@ def _explain(error: OSError, endpoint: Endpoint) -> str:
     """What went wrong, and what helps."""
     if error.errno == errno.EADDRINUSE:
         return "the address is in use by another program"
-    if error.errno == errno.EACCES and isinstance(endpoint, Tcp) and endpoint.port < 1024:
+    if error.errno == errno.EACCES and isinstance(endpoint, Inet) and endpoint.port < 1024:
         return "no right to listen on a port below 1024; run it as root, with CAP_NET_BIND_SERVICE, or by socket activation"
     if error.errno == errno.EADDRNOTAVAIL:
         return "this machine has no such address"
