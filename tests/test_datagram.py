@@ -672,6 +672,29 @@ def test_a_socket_of_the_backend_before_proves_nothing(worker: Plane, tmp_path: 
     has(worker, dropped=0)
 
 
+def test_nothing_is_lost_to_a_backend_that_is_not_there_after_all(worker: Plane) -> None:
+    """The gate opens, but the backend of a flow that lived on is gone."""
+    address = worker.serve(listen=UDP)
+    with client(address) as sock:
+        with Datagrams() as backend:
+            endpoint = backend.endpoint
+            worker.open(1, endpoint)
+            sock.send(b"1")
+            assert backend.hear() == b"1"
+            worker.send(say.Close(1))
+            worker.hear(say.Closed)
+        sock.send(b"2")
+        waits(worker, 1)
+        worker.open(1, endpoint)
+        worker.hear(say.Refused)
+        waits(worker, 1)
+        with Datagrams(endpoint) as again:
+            worker.open(1, endpoint)
+            assert again.echo() == b"2"
+            assert sock.recv(10) == b"2"
+    has(worker, dropped=0)
+
+
 def test_refused_again_and_again_is_given_up(worker: Plane) -> None:
     address = worker.serve(listen=UDP)
     with Datagrams() as backend:

@@ -119,7 +119,7 @@ class DatagramListener:
         self.loop.later(1.0, self._resume)
 
     def _resume(self) -> None:
-        if not self.closed:
+        if not self.closed and self.sock.fileno() not in self.loop.table:
             self.loop.add(self.sock.fileno(), self, select.EPOLLIN)
 
     # What was kept is delivered

@@ -36,6 +36,7 @@ FLAGS = socket.MSG_DONTWAIT | socket.MSG_TRUNC  # TRUNC: the answer is the true 
 DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 IP_PKTINFO = 8  # ip(7); Python names it from 3.12 on
 MULTICAST = 0xFF  # first byte of the IPv6 addresses that nobody can answer from
+LACKING = CAPACITY_ERRORS | {errno.ENOSPC}  # the latter: fs.epoll.max_user_watches
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 
 NOTHING: deque[bytes] = deque(maxlen=0)
@@ -76,7 +77,7 @@ class Flow:
         """looks without news"""
         self._connected_to: Target | None = None
         self._connected_under = NOWHERE
-        self._new = True  # nothing was sent by this socket yet
+        self._new = True  # nothing was sent by this socket under this opening
         self._blocked = False  # waits for its socket to become writable
         self._tries = 0  # in a row in which nobody was there
 
@@ -154,6 +155,7 @@ class Flow:
         where: Target | None = gate.endpoints.get(listener.name) or gate.endpoints.get("")
         if self.sock is not None:
             if where == self._connected_to:
+                self._trust(self.sock, gate.endpoints)
                 return True
             self._disconnect()  # it has another address this time
         if where is None or where.stream:
@@ -166,7 +168,7 @@ class Flow:
             sock = _upstream(where)
             listener.loop.add(sock.fileno(), self, READ)
         except OSError as error:
-            if error.errno in CAPACITY_ERRORS:
+            if error.errno in LACKING:
                 self._turn_away(f"no upstream socket: {error.strerror}")
             else:
                 self._connected_under = gate.endpoints
@@ -178,10 +180,17 @@ class Flow:
         listener.sweep_on()
         return True
 
+    def _trust(self, sock: Socket, endpoints: dict[str, Any]) -> None:
+        """Go on with the socket of an earlier opening. A Unix one is not trusted: it may still lead to a dead backend."""
+        if self._connected_under is not endpoints and not self._to_unix:
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears what it was told of the backend before
+            self._connected_under = endpoints
+            self._new = True
+
     def _refused(self, error: OSError) -> None:
         """Nobody is there. What was kept must not be lost by that: it waits while the control plane looks.
 
-        A socket of an earlier opening proves nothing: it may tell of a backend that is gone since then.
+        A socket that was connected under an earlier opening proves nothing; the next one may.
         """
         gate = self._listener.gate
         why = os.strerror(error.errno or errno.ECONNREFUSED)
