@@ -122,10 +122,34 @@ class PassedSocket:
     socket: socket.socket
 
 
-class Service(Protocol):
+class Estate(Protocol):
+    """What one control plane leaves to the next in the same process, over exec(2). Descriptors keep their numbers.
+
+    Counterpart: `gateway.upgrade`. What is handed over is plain data that JSON can hold, and another version of the
+    program must understand it, or do without.
+    """
+
+    def keep(self, fd: int) -> int:
+        """This descriptor stays open."""
+
+    def claim(self, fd: int) -> int:
+        """It belongs to the caller from now on. What nobody claims is closed. Raises KeyError: it was not kept."""
+
+
+class Service:
     """Something that the backends of one gateway share, such as a client of a daemon."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Close it; nothing of it is left. Idempotent."""
+
+    def hand_over(self, estate: Estate) -> Any:
+        """What `take_over` needs, in the next control plane, to go on; None: it can begin anew."""
+
+    def take_over(self, data: Any, estate: Estate) -> None:
+        """Go on with what was handed over, before anything else is asked of it."""
+
+    def settle(self) -> None:
+        """All backends have taken over what is theirs: let go of the rest."""
 
 
 S = TypeVar("S", bound=Service)
@@ -136,12 +160,30 @@ class Shared:
 
     def __init__(self) -> None:
         self._services: dict[type[Any], Any] = {}
+        self._left: Mapping[str, Any] = {}
+        self._estate: Estate | None = None
 
     def get(self, kind: type[S]) -> S:
         if kind not in self._services:
-            self._services[kind] = kind()
+            made = self._services[kind] = kind()
+            if self._estate is not None and kind.__name__ in self._left:
+                made.take_over(self._left[kind.__name__], self._estate)
         service: S = self._services[kind]
         return service
+
+    def hand_over(self, estate: Estate) -> dict[str, Any]:
+        """What `take_over` needs in the next control plane."""
+        left = {kind.__name__: service.hand_over(estate) for kind, service in self._services.items()}
+        return {name: data for name, data in left.items() if data is not None}
+
+    def take_over(self, data: Mapping[str, Any], estate: Estate) -> None:
+        """Services that are asked for until `settle` go on with what was handed over."""
+        self._left, self._estate = data, estate
+
+    def settle(self) -> None:
+        for service in self._services.values():
+            service.settle()
+        self._left, self._estate = {}, None
 
     async def close(self) -> None:
         while self._services:
@@ -174,6 +216,9 @@ class Backend(ABC):
     Options: ClassVar[type[msgspec.Struct]]
     capabilities: Capability = Capability.NONE
     """Of the driver, or of one backend where its options decide."""
+
+    stop_slack: float = 30.0
+    """Seconds that `stop` may take beyond its grace before it is given up."""
 
     trouble: str = ""
     """The error of the last readiness probe, for the message that it did not become ready in time."""
@@ -244,6 +289,20 @@ class Backend(ABC):
     async def thaw(self) -> None:
         """Undo `freeze` (Capability.FREEZE). What is not frozen is left as it is."""
         raise NotImplementedError
+
+    def hand_over(self, estate: Estate) -> Any:
+        """What `take_over` needs, in the control plane that replaces this one by exec(2), to go on with what runs.
+
+        None, the default: `status` finds it, or nothing runs. Nothing else is asked of it afterwards.
+        """
+        return None
+
+    def take_over(self, data: Any, estate: Estate) -> Sequence[tuple[Mapping[str, str], Awaitable[Exit]]]:
+        """Go on with what was handed over; the first thing that is asked of it.
+
+        Returns the instances that `serve` had begun: the environment that each was given, and its end.
+        """
+        return ()
 
     async def usage(self) -> Usage:
         """What it uses now; an empty Usage where that is not known or it does not run."""

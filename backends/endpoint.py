@@ -336,6 +336,28 @@ def bind(endpoint: Endpoint, backlog: int = 4096, reuse_port: bool = False) -> s
     return sock
 
 
+def bind_several(endpoint: Endpoint, count: int, backlog: int = 4096, reuse_port: bool = False) -> list[socket.socket]:
+    """`count` sockets at one address, among which the kernel spreads the clients (SO_REUSEPORT in socket(7)).
+
+    One where the family has no such thing. Raises as `bind` does.
+    """
+    first = bind(endpoint, backlog, reuse_port)
+    sockets = [first]
+    if count == 1 or not isinstance(endpoint, Inet):
+        return sockets
+    try:
+        # Only now: bound with it, the first one would not notice that another program of this user has the address.
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        same = replace(endpoint, port=first.getsockname()[1])
+        while len(sockets) < count:
+            sockets.append(bind(same, backlog, True))
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
 def _has_ipv6() -> bool:
     return os.path.exists("/proc/net/if_inet6")
 

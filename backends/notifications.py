@@ -22,9 +22,11 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7): pid, uid, gid
 class Notifications:
     """Owns the socket until `close`. Attributes change as messages come."""
 
-    def __init__(self, belongs: Callable[[int, int], bool], path: Path | None = None) -> None:
+    def __init__(
+        self, belongs: Callable[[int, int], bool], path: Path | None = None, sock: socket.socket | None = None
+    ) -> None:
         """Listen at an abstract name, or at `path` where the backend has no access to our network namespace; removing
-        that file is left to who made its folder.
+        that file is left to who made its folder. `sock`: a former control plane's, which listens already.
 
         `belongs` gets the PID and the UID of a sender, which the kernel vouches for; what it refuses is ignored.
         Raises OSError.
@@ -33,19 +35,16 @@ class Notifications:
         self.status = ""
         self._belongs = belongs
         self._loop = asyncio.get_running_loop()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self._address = str(path) if path else f"@dormant-notify-{secrets.token_hex(8)}"
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            self._socket.bind(self._address if path else "\0" + self._address[1:])
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket = sock or _bound(path)
         self._loop.add_reader(self._socket, self._read)
 
     @property
     def environment(self) -> Mapping[str, str]:
-        return {"NOTIFY_SOCKET": self._address}
+        name = self._socket.getsockname()
+        return {"NOTIFY_SOCKET": f"@{name[1:].decode()}" if isinstance(name, bytes) else name}
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
     def close(self) -> None:
         """Idempotent."""
@@ -79,3 +78,14 @@ class Notifications:
                 self.status = value
             elif key == "READY" and value == "1":
                 self.ready.set()
+
+
+def _bound(path: Path | None) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        sock.bind(str(path) if path else f"\0dormant-notify-{secrets.token_hex(8)}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock

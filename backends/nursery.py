@@ -36,6 +36,7 @@ from typing import NoReturn
 
 import msgspec
 
+VERSION = 1  # of the messages; a gateway of another version cannot take this nursery over
 LARGEST = 128 << 10  # bytes of a message; the default send buffer of Linux takes 208 KiB
 MOST_FDS = 250  # with a message; the kernel takes 253 (SCM_MAX_FD)
 TERM_TIME = 2.0  # seconds from TERM to KILL when the gateway is gone
@@ -519,6 +520,10 @@ def main(arguments: Sequence[str]) -> int:
     """`nursery.py FD TOKEN`"""
     sock = socket.socket(fileno=int(arguments[0]))
     sock.set_inheritable(False)
+    # Whatever else the gateway's own starter left open is not for the backends.
+    os.closerange(3, sock.fileno())
+    os.closerange(sock.fileno() + 1, 1 << 30)
+    os.chdir("/")
     # What a terminal or an operator sends to the gateway is the gateway's business.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP, signal.SIGTTIN):
         signal.signal(number, signal.SIG_IGN)

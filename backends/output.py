@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 KEPT_LINES = 200
 LONGEST_LINE = 4096  # bytes; what is longer is cut into several lines, so that memory is bounded
@@ -56,6 +57,14 @@ class Output:
     def fresh(self, count: int = KEPT_LINES) -> list[str]:
         """The last lines of this life, at most `count`."""
         return self.tail(min(count, self._fresh))
+
+    def hand_over(self) -> list[Any]:
+        """What `take_over` needs to go on."""
+        return [self.tail(), self._fresh]
+
+    def take_over(self, data: list[Any]) -> None:
+        lines, self._fresh = data
+        self._lines = deque(lines, maxlen=KEPT_LINES)
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
         """Call `listener` with each new line from now on, until the returned function is called."""

@@ -17,13 +17,18 @@ LAST_CHUNKS = 16  # read after the end, so that somebody who still writes cannot
 class Pipe:
     """Calls `sink` with what is read, and once with `b""` at the end. Owns both ends."""
 
-    def __init__(self, sink: Callable[[bytes], None]) -> None:
-        """Raises OSError when no descriptors are left."""
+    def __init__(self, sink: Callable[[bytes], None], reader: int = -1) -> None:
+        """`reader`: the read end of a pipe that is there already. Raises OSError when no descriptors are left."""
         self._sink = sink
-        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        self._reader, self._writer = (reader, -1) if reader >= 0 else os.pipe2(os.O_CLOEXEC)
         os.set_blocking(self._reader, False)
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._reader, self._read)
+
+    @property
+    def reader(self) -> int:
+        """The read end; -1 after the end of file."""
+        return self._reader
 
     @property
     def writer(self) -> int:

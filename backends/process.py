@@ -18,13 +18,13 @@ import re
 import resource
 import signal
 import socket
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import msgspec
 
 from backends import usage
-from backends.base import Backend, Capability, Exit, PassedSocket, Setup, StartFailed, Status, Usage
+from backends.base import Backend, Capability, Estate, Exit, PassedSocket, Setup, StartFailed, Status, Usage
 from backends.environment import BACKEND, inherited
 from backends.notifications import Notifications
 from backends.nursery import Launch
@@ -120,24 +120,56 @@ def look_up(user: str | int | None, group: str | int | None) -> Account:
     return account
 
 
-def open_pipe(output: Output) -> Pipe:
-    """Raises StartFailed."""
+def open_pipe(output: Output, reader: int = -1) -> Pipe:
+    """`reader`: one that is there already. Raises StartFailed."""
     try:
-        return Pipe(output.feed)
+        return Pipe(output.feed, reader)
     except OSError as error:
         raise StartFailed(f"no pipe for its output: {error.strerror}") from error
+
+
+def keep(estate: Estate, pipe: Pipe) -> int:
+    """The read end for the next control plane; -1 if its end was seen already."""
+    return estate.keep(pipe.reader) if pipe.reader >= 0 else -1
+
+
+def claim(estate: Estate, output: Output, reader: int) -> Pipe:
+    """The pipe of which that was kept."""
+    pipe = open_pipe(output, estate.claim(reader) if reader >= 0 else -1)
+    pipe.close_writer()
+    return pipe
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Instance:
+    """A process that serves one connection."""
+
+    environment: Mapping[str, str]
+    child: Child
+    pipe: Pipe
+
+    async def ended(self) -> Exit:
+        """Wait for its end. Cancelling kills it before this returns."""
+        try:
+            return await self.child.wait()
+        except asyncio.CancelledError:
+            self.child.signal(signal.SIGKILL)
+            await self.child.wait()
+            raise
+        finally:
+            self.pipe.finish()
 
 
 class Run:
     """One life of the process, and what the gateway holds for it: a pipe for its output, perhaps a NOTIFY_SOCKET."""
 
-    def __init__(self, output: Output, notify: bool) -> None:
+    def __init__(self, pipe: Pipe, notify: bool, notify_socket: socket.socket | None = None) -> None:
         """Raises StartFailed."""
         self.child: Child | None = None
         self.frozen = False
-        self.pipe = open_pipe(output)
+        self.pipe = pipe
         try:
-            self.notifications = Notifications(self._belongs) if notify else None
+            self.notifications = Notifications(self._belongs, sock=notify_socket) if notify else None
         except OSError as error:
             self.pipe.finish()
             raise StartFailed(f"no socket for its notifications: {error.strerror}") from error
@@ -147,6 +179,30 @@ class Run:
         self.pipe.finish()
         if self.notifications is not None:
             self.notifications.close()
+
+    def hand_over(self, estate: Estate) -> Any:
+        """None when nothing runs."""
+        if self.child is None or self.child.gone:
+            return None
+        return {
+            "serial": self.child.serial,
+            "frozen": self.frozen,
+            "pipe": keep(estate, self.pipe),
+            "notify": estate.keep(self.notifications.fileno()) if self.notifications else None,
+            "said_ready": self.notifications is not None and self.notifications.ready.is_set(),
+        }
+
+    @classmethod
+    def taken_over(cls, data: Any, child: Child, output: Output, estate: Estate) -> Run:
+        """Raises KeyError, OSError."""
+        notify = None if data["notify"] is None else socket.socket(fileno=estate.claim(data["notify"]))
+        run = cls(claim(estate, output, data["pipe"]), notify is not None, notify)
+        if run.notifications is not None and data["said_ready"]:
+            run.notifications.ready.set()
+        run.frozen = data["frozen"]
+        run.child = child
+        child.claim(run.release)
+        return run
 
     def _belongs(self, pid: int, uid: int) -> bool:
         """Whether a message is the backend's own. A sender that is gone already cannot be asked, but its user can."""
@@ -173,11 +229,12 @@ class Process(Backend):
         super().__init__(options, setup)
         self.options = options
         self._run: Run | None = None
+        self._instances: set[Instance] = set()
 
     async def start(self, sockets: Sequence[PassedSocket] = ()) -> None:
         """Return as soon as the program runs. The sockets become blocking ones, for the gateway's copies as well."""
         self.output.begin()
-        run = self._run = Run(self.output, isinstance(self.setup.readiness, Notify))
+        run = self._run = Run(open_pipe(self.output), isinstance(self.setup.readiness, Notify))
         try:
             launch = await self._launch(run.notifications.environment if run.notifications else {})
             run.child = self.setup.shared.get(Spawner).spawn(
@@ -260,25 +317,54 @@ class Process(Backend):
     async def serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
         """One instance; its stderr goes to the output. The connection becomes a blocking one."""
         with connection:
-            return await self._serve(connection, environment)
+            pipe = open_pipe(self._lines())
+            try:
+                launch = await self._launch(environment)
+                stream = connection.fileno()
+                child = self.setup.shared.get(Spawner).spawn(launch, stdin=stream, stdout=stream, stderr=pipe.writer)
+            except BaseException:
+                pipe.finish()
+                raise
+        # The instance has its own connection now: the client sees the end when that is closed.
+        pipe.close_writer()
+        return await self._serve(Instance(environment, child, pipe))
 
-    async def _serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
+    async def _serve(self, instance: Instance) -> Exit:
+        self._instances.add(instance)
+        try:
+            exit = await instance.ended()
+            await instance.child.started()  # raises if it never ran
+        finally:
+            self._instances.discard(instance)
+        return exit
+
+    def _lines(self) -> Output:
+        """For what one instance says: its lines, whole, are lines of the backend."""
         lines = Output()
         lines.listen(self.output.line)
-        pipe = open_pipe(lines)
-        child = None
-        try:
-            launch = await self._launch(environment)
-            stream = connection.fileno()
-            child = self.setup.shared.get(Spawner).spawn(launch, stdin=stream, stdout=stream, stderr=pipe.writer)
-            connection.close()  # the instance has its own: the client sees the end when that is closed
-            pipe.close_writer()
-            await child.started()
-            return await child.wait()
-        except asyncio.CancelledError:
-            if child is not None:
-                child.signal(signal.SIGKILL)
-                await child.wait()
-            raise
-        finally:
-            pipe.finish()
+        return lines
+
+    # The next control plane
+
+    def hand_over(self, estate: Estate) -> Any:
+        return {
+            "run": self._run.hand_over(estate) if self._run else None,
+            "instances": [
+                [dict(instance.environment), instance.child.serial, keep(estate, instance.pipe)]
+                for instance in self._instances
+            ],
+        }
+
+    def take_over(self, data: Any, estate: Estate) -> Sequence[tuple[Mapping[str, str], Awaitable[Exit]]]:
+        """What ended meanwhile is as if it had never run."""
+        spawner = self.setup.shared.get(Spawner)
+        run = data["run"]
+        if run is not None and (child := spawner.child(run["serial"])) is not None:
+            self._run = Run.taken_over(run, child, self.output, estate)
+        instances = []
+        for environment, serial, reader in data["instances"]:
+            if (child := spawner.child(serial)) is not None:
+                child.claim(lambda: None)
+                pipe = claim(estate, self._lines(), reader)
+                instances.append((environment, self._serve(Instance(environment, child, pipe))))
+        return instances

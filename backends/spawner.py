@@ -12,19 +12,22 @@ import contextlib
 import errno
 import os
 import secrets
+import signal
 import socket
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
 from backends import nursery
-from backends.base import Exit, PassedSocket, StartFailed
+from backends.base import Estate, Exit, PassedSocket, Service, StartFailed
 from backends.nursery import Ended, Failed, Launch, Signal, Signalled, Spawn, Started, Step
+from backends.offspring import Offspring, run_python
 
 FAREWELL = 5.0  # seconds for the nursery to end everything, which takes it 3 at most; then it is killed
+PROGRAM = os.path.abspath(nursery.__file__)
 BATCH = 64  # reports taken in one turn of the loop
 
 
@@ -33,11 +36,13 @@ class Child:
 
     def __init__(self, nest: Nest, serial: int, launch: Launch, ended: Callable[[], None]) -> None:
         self.pid: int | None = None
+        self.claimed = True
+        """False: a former control plane's, and no backend has taken it over yet"""
         self.uid = os.geteuid() if launch.uid is None else launch.uid
         self.dead = False
         """The main process has ended, seen by its pidfd; a moment later everything of it is `gone`."""
         self._nest = nest
-        self._serial = serial
+        self.serial = serial
         self._launch = launch
         self._ended = ended
         self._pidfd = -1
@@ -66,19 +71,19 @@ class Child:
     def signal(self, number: int) -> None:
         """Send a signal to its group, also before it has started. What is gone is left alone."""
         if not self.gone:
-            self._nest.send(Signal(self._serial, number))
+            self._nest.send(Signal(self.serial, number))
 
     async def signalled(self, number: int) -> None:
         """Send a signal; return when the kernel has taken it. Cancelling does not take it back."""
         if not self.gone:
             confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._confirmations.append(confirmed)
-            self._nest.send(Signal(self._serial, number, confirm=True))
+            self._nest.send(Signal(self.serial, number, confirm=True))
             await confirmed
 
     def owns(self, pid: int) -> bool:
         """Whether a living process descends from it."""
-        return nursery.read_mark(pid) == nursery.mark_of(self._nest.token, self._serial)
+        return nursery.read_mark(pid) == nursery.mark_of(self._nest.token, self.serial)
 
     # What the nursery says:
 
@@ -113,6 +118,26 @@ class Child:
             os.close(self._pidfd)
             self._pidfd = -1
 
+    def hand_over(self, estate: Estate) -> dict[str, Any]:
+        argv = [os.fsdecode(word) for word in self._launch.argv]
+        pidfd = estate.keep(self._pidfd) if self._pidfd >= 0 else -1
+        return {"pid": self.pid, "uid": self.uid, "pidfd": pidfd, "argv": argv, "dead": self.dead}
+
+    @classmethod
+    def taken_over(cls, nest: Nest, serial: int, data: dict[str, Any], estate: Estate) -> Child:
+        launch = Launch(argv=[os.fsencode(word) for word in data["argv"]], env={}, cwd=b"/", uid=data["uid"])
+        child = cls(nest, serial, launch, lambda: None)
+        child.claimed = False
+        if data["pid"] is not None:
+            child.on_started(data["pid"], [estate.claim(data["pidfd"])] if data["pidfd"] >= 0 else [])
+        child.dead = data["dead"]
+        return child
+
+    def claim(self, ended: Callable[[], None]) -> None:
+        """A backend takes it over; `ended` is called as it is for one that was spawned."""
+        self.claimed = True
+        self._ended = ended
+
     def explain(self, failed: Failed) -> StartFailed:
         """What the nursery reports, as a sentence."""
         launch, why = self._launch, os.strerror(failed.error)
@@ -141,21 +166,52 @@ class Child:
 class Nest:
     """One nursery and the children in it, from its start until it and they are gone."""
 
-    def __init__(self) -> None:
-        """Raises OSError."""
-        self.token = secrets.randbits(30)
+    def __init__(self, token: int, sock: socket.socket, process: Offspring, serial: int = 0) -> None:
+        self.token = token
         self.over = False
         """It takes no more orders."""
+        self.children: dict[int, Child] = {}
         self._loop = asyncio.get_running_loop()
-        self._children: dict[int, Child] = {}
-        self._serial = 0
+        self._serial = serial
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._eof = asyncio.Event()
-        self._nursery: subprocess.Popen[bytes] | None = None
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = process
+        self._socket = sock
         self._socket.setblocking(False)
         self._loop.add_reader(self._socket, self._read)
-        self._life = self._loop.create_task(self._live(theirs), name="nursery")
+        self._life = self._loop.create_task(self._live(), name="nursery")
+
+    @classmethod
+    def start(cls) -> Nest:
+        """Run a nursery, by its path: it is up sooner. Raises OSError."""
+        token = secrets.randbits(30)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                process = run_python([PROGRAM, str(theirs.fileno()), str(token)], theirs.fileno())
+            except BaseException:
+                ours.close()
+                raise
+        return cls(token, ours, process)
+
+    def hand_over(self, estate: Estate) -> dict[str, Any]:
+        return {
+            "protocol": nursery.VERSION,
+            "token": self.token,
+            "serial": self._serial,
+            "pid": self._process.pid,
+            "socket": estate.keep(self._socket.fileno()),
+            "children": {str(serial): child.hand_over(estate) for serial, child in self.children.items()},
+        }
+
+    @classmethod
+    def taken_over(cls, data: dict[str, Any], estate: Estate) -> Nest:
+        """Raises OSError, KeyError."""
+        sock = socket.socket(fileno=estate.claim(data["socket"]))
+        nest = cls(data["token"], sock, Offspring(data["pid"]), data["serial"])
+        for serial, child in data["children"].items():
+            nest.children[int(serial)] = Child.taken_over(nest, int(serial), child, estate)
+        return nest
 
     @property
     def life(self) -> asyncio.Task[None]:
@@ -179,7 +235,7 @@ class Nest:
             self._post(data, fds)
         except OSError as error:
             raise StartFailed(f"{os.fsdecode(launch.argv[0])}: {error.strerror}") from error
-        self._children[self._serial] = child
+        self.children[self._serial] = child
         return child
 
     def send(self, order: Signal) -> None:
@@ -195,27 +251,28 @@ class Nest:
             async with asyncio.timeout(FAREWELL):
                 await self._eof.wait()
         except TimeoutError:
-            if self._nursery is not None:
-                self._nursery.kill()
+            self._process.kill()
         await asyncio.shield(self._life)
 
-    async def _live(self, theirs: socket.socket) -> None:
-        """The whole life of the nursery."""
+    async def _live(self) -> None:
+        """The rest of the life of the nursery."""
         error = "the process that starts processes died"
+        await self._eof.wait()
         try:
-            with theirs:
-                self._nursery = await asyncio.to_thread(_run_nursery, theirs.fileno(), self.token)
-            await self._eof.wait()
-            await asyncio.to_thread(_bury, self._nursery, self.token)
-        except OSError as failure:
-            error = f"{sys.executable}: {failure.strerror}"
+            async with asyncio.timeout(FAREWELL):
+                status = await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            status = await self._process.wait()
+        if status != 0:
+            await asyncio.to_thread(nursery.purge, self.token)
         self._hang_up()
-        for child in list(self._children.values()):
+        for child in list(self.children.values()):
             if child.pid is None:
                 child.on_failed(StartFailed(error))
             else:
                 child.on_gone(Exit())
-        self._children.clear()
+        self.children.clear()
 
     def _post(self, data: bytes, fds: Sequence[int]) -> None:
         """Send now, or as soon as there is room, with copies of the descriptors. Raises OSError."""
@@ -266,7 +323,7 @@ class Nest:
             self._take(report, fds)
 
     def _take(self, report: Started | Failed | Ended | Signalled, fds: list[int]) -> None:
-        child = self._children[report.serial]
+        child = self.children[report.serial]
         match report:
             case Started(pid=pid):
                 child.on_started(pid, fds)
@@ -278,7 +335,7 @@ class Nest:
                 child.on_failed(child.explain(report))
             case Ended(code=code, signal=number):
                 child.on_gone(Exit(code, number))
-        del self._children[report.serial]
+        del self.children[report.serial]
 
     def _hang_up(self) -> None:
         """The nursery says nothing more."""
@@ -297,32 +354,8 @@ def _close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def _run_nursery(fd: int, token: int) -> subprocess.Popen[bytes]:
-    """Run by its path, without this package's folder in sys.path (-P): it is up sooner. Raises OSError."""
-    program = os.path.abspath(nursery.__file__)
-    return subprocess.Popen(
-        [sys.executable, "-P", program, str(fd), str(token)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=(fd,),
-        start_new_session=True,
-        cwd="/",
-    )
-
-
-def _bury(process: subprocess.Popen[bytes], token: int) -> None:
-    """Wait for the end of the nursery, and kill what it could not. Blocks."""
-    try:
-        status = process.wait(FAREWELL)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        status = process.wait()
-    if status != 0:
-        nursery.purge(token)
-
-
-class Spawner:
-    """Starts processes. A service of `backends.base.Shared`: made once for each gateway."""
+class Spawner(Service):
+    """Starts processes."""
 
     def __init__(self) -> None:
         self._nest: Nest | None = None
@@ -354,13 +387,36 @@ class Spawner:
             raise StartFailed(f"{len(sockets)} sockets cannot be handed over; allowed: {nursery.MOST_FDS - len(fds)}")
         if self._nest is None or self._nest.over:
             try:
-                self._nest = Nest()
+                self._nest = Nest.start()
             except OSError as error:
-                raise StartFailed(f"no process can be started: {error.strerror}") from error
-            self._lives.add(self._nest.life)
-            self._nest.life.add_done_callback(self._lives.discard)
+                raise StartFailed(f"no process can be started: {sys.executable}: {error.strerror}") from error
+            self._live(self._nest)
         fds += (passed.socket.fileno() for passed in sockets)
         return self._nest.spawn(launch, fds, stdio, [passed.name for passed in sockets], ended)
+
+    def _live(self, nest: Nest) -> None:
+        self._lives.add(nest.life)
+        nest.life.add_done_callback(self._lives.discard)
+
+    def hand_over(self, estate: Estate) -> Any:
+        return None if self._nest is None or self._nest.over else self._nest.hand_over(estate)
+
+    def take_over(self, data: Any, estate: Estate) -> None:
+        """Processes of a nursery that speaks otherwise end: nobody could tell it anything."""
+        if data["protocol"] == nursery.VERSION:
+            self._nest = Nest.taken_over(data, estate)
+            self._live(self._nest)
+
+    def settle(self) -> None:
+        """What belongs to no backend any more is asked to end; it is killed at the latest when the gateway ends."""
+        for child in self._nest.children.values() if self._nest else ():
+            if not child.claimed:
+                child.signal(signal.SIGTERM)
+                child.signal(signal.SIGCONT)
+
+    def child(self, serial: int) -> Child | None:
+        """A process of a former control plane, for the backend that takes it over."""
+        return self._nest.children.get(serial) if self._nest else None
 
     async def close(self) -> None:
         """End all processes: TERM, after 2 s KILL; return when they are gone. Idempotent."""

@@ -3,6 +3,7 @@
     GET  /v1/status                          everything; ?name=NAME (repeatable) for some
     GET  /v1/events                          a line of JSON for each change of a state, until the client leaves
     POST /v1/reload                          read the configuration again
+    POST /v1/upgrade                         let the version on the disk take over; 409 and the reason if it would not start
     POST /v1/backends/NAME/start             start it; answers when it is ready, or 502 with the reason
     POST /v1/backends/NAME/stop              stop it now; answers when it is gone
     POST /v1/backends/NAME/hold?seconds=N    keep it awake (without seconds: until released)
@@ -24,14 +25,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
+from backends.command import CommandFailed
 from backends.endpoint import Unix
-from gateway.activation import State
 from gateway.config import ConfigError, Listener
 from gateway.listeners import ListenError, Listening
+from gateway.states import State
 from gateway.status import StateChange
 
 if TYPE_CHECKING:
     from gateway.server import Server
+
+
+class UnknownBackend(LookupError):
+    """There is no backend of this name."""
+
+
+class Stopping(Exception):
+    """The gateway takes no such order any more."""
+
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +66,11 @@ class Admin:
         except ListenError as error:
             raise ListenError(f"the admin socket: {error}") from error
         self._runner = web.AppRunner(
-            application(self.server), access_log=None, handle_signals=False, shutdown_timeout=1.0
+            application(self.server),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            handler_cancellation=True,
         )
         await self._runner.setup()
         await web.SockSite(self._runner, self._listening.socket).start()
@@ -76,6 +91,7 @@ def application(server: Server) -> web.Application:
         web.get("/v1/status", api.status),
         web.get("/v1/events", api.events),
         web.post("/v1/reload", api.reload),
+        web.post("/v1/upgrade", api.upgrade),
         web.post("/v1/backends/{name}/start", api.start),
         web.post("/v1/backends/{name}/stop", api.stop),
         web.post("/v1/backends/{name}/hold", api.hold),
@@ -97,10 +113,12 @@ async def _errors(
         return await handler(request)
     except web.HTTPException as error:
         return _json({"error": error.reason}, error.status)
-    except LookupError as error:
+    except UnknownBackend as error:
         return _json({"error": f"there is no backend {error.args[0]!r}"}, 404)
     except (ConfigError, ListenError) as error:
         return _json({"error": str(error)}, 422)
+    except Stopping as error:
+        return _json({"error": str(error)}, 409)
     except ValueError as error:
         return _json({"error": str(error)}, 400)
 
@@ -130,9 +148,24 @@ class Api:
     async def reload(self, request: web.Request) -> web.Response:
         return _json({"message": await self.server.reload()})
 
+    async def upgrade(self, request: web.Request) -> web.StreamResponse:
+        response = _json({"message": "the version on the disk takes over"})
+
+        async def answered() -> None:
+            await response.prepare(request)
+            await response.write_eof()
+
+        try:
+            await self.server.upgrade(answered)
+        except (CommandFailed, OSError) as error:
+            if not response.prepared:
+                return _json({"error": str(error)}, 409)
+            log.error("not upgraded: %s", error)
+        return response
+
     async def start(self, request: web.Request) -> web.Response:
         life = self._service(request).lives()
-        life.wake("started by hand")
+        life.wake_now("started by hand")
         await self.server.until(lambda: life.state is State.READY or life.asleep)
         if life.state is not State.READY:
             return _json({"error": life.last_error or "it was stopped again"}, 502)

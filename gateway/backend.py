@@ -7,6 +7,8 @@ named here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +44,8 @@ NAME_ALLOWED = "up to 64 letters, digits and _ . @ -, with a letter or a digit f
 KEYS = (
     "driver", "listen", "delivery", "endpoint", "endpoints", "ready", "idle", "limits", "start_timeout", "stop_grace",
 )  # fmt: skip
+ADJUSTABLE = ("idle", "limits", "start_timeout", "stop_grace")
+"""What a running backend can take on."""
 SCHEMES = ("tcp", "udp", "unix", "unixgram", "vsock", "vsock-mux", "fd")
 DEFAULT_IDLE = Idle()
 START_TIMEOUT = Duration(60)
@@ -102,6 +106,7 @@ class BackendReader:
             stop_grace=self._key(Duration, value, place, "stop_grace", STOP_GRACE),
             directory=directory,
             origin=str(place),
+            digest=_digest(value, directory),
         )
         if FAILED not in (delivery, listeners, endpoints):
             self.addressed.append(backend)
@@ -367,6 +372,12 @@ class BackendReader:
                 place,
                 "udp asks endpoints for datagrams, and there is none; allowed: connect, http, exec, notify, log, delay",
             )
+
+
+def _digest(value: dict[str, Any], directory: Path) -> str:
+    """Short for what makes it this backend. From the text: another version of the program comes to the same."""
+    told = {key: value[key] for key in sorted(value) if key not in ADJUSTABLE}
+    return hashlib.blake2b(json.dumps([told, str(directory)], default=str).encode(), digest_size=12).hexdigest()
 
 
 def _entries(given: str | list[Any] | dict[str, Any], place: Place) -> Iterator[tuple[str, bool, Any, Place]]:

@@ -62,9 +62,12 @@ def _load(path: Path) -> config.Config:
 
 
 def _serve(loaded: config.Config, read: Callable[[], config.Config], log: str | None, level: str | None) -> None:
+    from gateway import upgrade
     from gateway.listeners import ListenError
     from gateway.server import serve
 
+    if upgrade.is_trial():
+        return
     logs.setup(log or loaded.gateway.log, level or loaded.gateway.log_level)
     try:
         status = asyncio.run(serve(loaded, read))
@@ -308,6 +311,27 @@ async def _reload(path: str) -> None:
 
     async with Client(path) as client:
         click.echo(await client.reload())
+
+
+@main.command("upgrade")
+@_socket_option
+def replace(path: str) -> None:
+    """Let the version on the disk take over. No connection is lost, and backends keep running."""
+    _ask(_upgrade(path))
+
+
+async def _upgrade(path: str) -> None:
+    from gateway.client import AdminError, Client
+
+    async with Client(path) as client:
+        before = (await client.status()).uptime
+        await client.upgrade()
+    # The admin socket stays open all the while: the next answer comes from the new version.
+    async with Client(path) as client:
+        after = await client.status()
+    if after.uptime >= before:
+        raise AdminError("it did not take place; the gateway's log says why")
+    click.echo(f"version {after.version} has taken over")
 
 
 if __name__ == "__main__":

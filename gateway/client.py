@@ -42,6 +42,9 @@ class Client:
     async def reload(self) -> str:
         return self._message(await self._ask("POST", "/v1/reload"))
 
+    async def upgrade(self) -> str:
+        return self._message(await self._ask("POST", "/v1/upgrade"))
+
     async def order(self, name: str, verb: str, **query: str) -> str:
         """`start`, `stop`, `hold`, `release` a backend."""
         return self._message(await self._ask("POST", f"{_path(name)}/{verb}", list(query.items())))

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from backends.endpoint import UNIX_PATH_MAX
 from gateway import clashes, document
 from gateway.backend import BackendReader
@@ -130,7 +132,7 @@ class _Reading:
             self.problems.add(
                 place / "admin", f"{paths['admin']} is too long; allowed: {UNIX_PATH_MAX} bytes for a Unix socket"
             )
-        return GatewayOptions(log=options.log, log_level=options.log_level, drain=options.drain, **paths)
+        return msgspec.structs.replace(options, **paths)
 
     def _backends(self, value: Any, place: Place, directory: Path) -> None:
         if not isinstance(value, dict):

@@ -13,10 +13,11 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from backends.base import Backend, BackendError, PassedSocket
+from backends.base import Backend, BackendError, Exit, PassedSocket
 from backends.endpoint import Endpoint, of_socket
 from backends.units import Duration
 from gateway import diagnostics
@@ -209,17 +210,26 @@ class Instances:
         connection.setblocking(True)  # what a program expects of its stdin
         self.total += 1
         self.last_wake, environment = _peer(connection, peer)
-        task = self._loop.create_task(
-            self._serve(connection, environment, self.last_wake), name=f"{self.config.name} instance"
-        )
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-        self._changed()
+        log.info("instance for %s starts", self.last_wake, extra=self._who)
+        task = self._run(partial(self.backend.serve, connection, environment), self.last_wake)
+        task.add_done_callback(lambda _: connection.close())  # the driver does, but for a task that never began
         if len(self._running) >= self.config.limits.connections:
             self._hold_up()
             if self._loop.time() - self._limit_told >= LIMIT_LOG_GAP:
                 self._limit_told = self._loop.time()
                 log.warning("limits.connections: new clients wait in the backlog", extra=self._who)
+
+    def resume(self, instances: Iterable[tuple[Mapping[str, str], Awaitable[Exit]]]) -> None:
+        """Instances that another control plane began: their environment and their end."""
+        for environment, ended in instances:
+            self._run(partial(_passed_on, ended), _source(environment))
+
+    def _run(self, instance: Callable[[], Awaitable[Exit]], source: str) -> asyncio.Task[None]:
+        task = self._loop.create_task(self._until_ended(instance, source), name=f"{self.config.name} instance")
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        self._changed()
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -227,22 +237,18 @@ class Instances:
         if self._pause is None:
             self._resume()
 
-    async def _serve(self, connection: socket.socket, environment: Mapping[str, str], source: str) -> None:
+    async def _until_ended(self, instance: Callable[[], Awaitable[Exit]], source: str) -> None:
         begun = self._loop.time()
-        log.info("instance for %s starts", source, extra=self._who)
-        with connection:  # the driver closes it; this is for a task that is cancelled before it begins
-            try:
-                exit = await self.backend.serve(connection, environment)
-            except (BackendError, OSError) as error:
-                self.last_error = str(error)
-                log.error("instance for %s: %s", source, error, extra=self._who)
-                return
-            except Exception:
-                log.exception("unexpected error", extra=self._who)
-                return
-        log.info(
-            "instance for %s ended after %s: %s", source, Duration(self._loop.time() - begun), exit, extra=self._who
-        )
+        try:
+            exit = await instance()
+        except (BackendError, OSError) as error:
+            self.last_error = str(error)
+            log.error("instance for %s: %s", source, error, extra=self._who)
+        except Exception:
+            log.exception("unexpected error", extra=self._who)
+        else:
+            took = Duration(self._loop.time() - begun)
+            log.info("instance for %s ended after %s: %s", source, took, exit, extra=self._who)
 
     async def drained(self) -> None:
         """Wait until no instance runs."""
@@ -259,9 +265,25 @@ class Instances:
 
 def _peer(connection: socket.socket, peer: Any) -> tuple[str, dict[str, str]]:
     """Who it is, for people, and the environment that inetd's programs know (systemd.exec(5), Accept=yes)."""
+    environment: dict[str, str] = {}
     if connection.family in (socket.AF_INET, socket.AF_INET6):
-        host = peer[0].removeprefix("::ffff:")
-        return f"{host}:{peer[1]}", {"REMOTE_ADDR": host, "REMOTE_PORT": str(peer[1])}
-    if connection.family == socket.AF_VSOCK:
-        return f"vsock {peer[0]}:{peer[1]}", {"REMOTE_ADDR": f"vsock:{peer[0]}", "REMOTE_PORT": str(peer[1])}
-    return (os.fsdecode(peer) or "a Unix client"), {}
+        environment = {"REMOTE_ADDR": peer[0].removeprefix("::ffff:"), "REMOTE_PORT": str(peer[1])}
+    elif connection.family == socket.AF_VSOCK:
+        environment = {"REMOTE_ADDR": f"vsock:{peer[0]}", "REMOTE_PORT": str(peer[1])}
+    else:
+        return os.fsdecode(peer) or UNKNOWN, environment
+    return _source(environment), environment
+
+
+async def _passed_on(ended: Awaitable[Exit]) -> Exit:
+    return await ended
+
+
+UNKNOWN = "a Unix client"
+
+
+def _source(environment: Mapping[str, str]) -> str:
+    if "REMOTE_ADDR" not in environment:
+        return UNKNOWN
+    host, port = environment["REMOTE_ADDR"], environment["REMOTE_PORT"]
+    return f"vsock {host.removeprefix('vsock:')}:{port}" if host.startswith("vsock:") else f"{host}:{port}"

@@ -39,9 +39,12 @@ class Notifier:
     """Tells the service manager how it goes. Never waits, never fails: nobody may be listening."""
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
-        address = environment.pop("NOTIFY_SOCKET", "")
-        interval = environment.pop("WATCHDOG_USEC", "")
-        watched = environment.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        names = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+        self.environment = {name: environment.pop(name) for name in names if name in environment}
+        """what it was told, for the program that replaces this one"""
+        address = self.environment.get("NOTIFY_SOCKET", "")
+        interval = self.environment.get("WATCHDOG_USEC", "")
+        watched = self.environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._watchdog = int(interval) / 1_000_000 / 2 if interval.isdigit() and watched and address else None
         self._timer: asyncio.TimerHandle | None = None

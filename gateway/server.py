@@ -3,7 +3,11 @@
     load the configuration -> bind every socket -> start the workers -> tell them what to serve
     a client waits         -> its backend's activation wakes               (gateway.activation)
     reload                 -> what changed is drained and replaced, what did not is not touched
+    upgrade                -> the version on the disk takes this process over, and goes on   (gateway.upgrade)
     SIGTERM                -> listeners close, connections get `gateway.drain`, backends stop
+
+At its begin it takes over what there is of a former control plane: what that left on purpose, or the workers of one that
+died (gateway.adoption).
 
 This is the only module that knows all the others. It handles no connection: that is `gateway.plane.worker`.
 """
@@ -15,15 +19,17 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from backends.base import Capability, Shared
-from gateway import __version__
-from gateway.admin import Admin
-from gateway.config import BackendConfig, Config, Listener
+from backends.base import Shared
+from backends.command import CommandFailed, run
+from gateway import __version__, upgrade
+from gateway.admin import Admin, Stopping, UnknownBackend
+from gateway.config import BackendConfig, Config, Delivery
 from gateway.holds import Holds
-from gateway.listeners import Listeners, Listening
+from gateway.listeners import Listeners, Listening, key
 from gateway.notify import Notifier, inherited_sockets
 from gateway.service import Environment, Service
 from gateway.status import GatewayStatus, StateChange
@@ -32,8 +38,8 @@ from gateway.workers import Workers
 log = logging.getLogger(__name__)
 
 
-class UnknownBackend(LookupError):
-    """There is no backend of this name."""
+TRIAL_DEADLINE = 60.0
+"""Seconds for the version on the disk to show that it would start."""
 
 
 class Server:
@@ -45,12 +51,16 @@ class Server:
         self.services: dict[str, Service] = {}
         self.numbers: dict[int, Service] = {}
         """every service that still lives, also those that are being drained"""
+        self.drains: dict[Service, asyncio.Task[None]] = {}
+        """those that are not configured any more, or differently"""
         self.awake: set[int] = set()
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
         self.notifier = Notifier()
+        self.estate = upgrade.inherit() or upgrade.Estate()
+        self.upgraded = bool(self.estate.left.descriptors)
         self.listeners = Listeners(inherited_sockets())
-        self.workers = Workers(self)
+        self.workers = Workers(self, config.gateway)
         self.shared = Shared()
         self.holds = Holds(config.gateway.state_directory)
         self.admin = Admin(self, config.gateway.admin)
@@ -70,8 +80,11 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._on_stop_signal)
         self.loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
+        self.loop.add_signal_handler(signal.SIGUSR2, self._on_upgrade_signal)
+        upgrade.signals_are_handled()
         try:
-            await self._begin()
+            async with self._reloading:
+                await self._begin()
             await self._signalled.wait()
             await self._drain()
         finally:
@@ -79,22 +92,45 @@ class Server:
         return 0
 
     async def _begin(self) -> None:
+        self._find_sockets()
         await self.admin.start()
+        await self.workers.find(replace=self.upgraded)
+        if not self.upgraded:  # else there are more descriptors of the same sockets
+            for held, sock in self.workers.adopted.ears.values():
+                self.listeners.find(held.address, sock)
+        # From here on without a pause: what the workers say meanwhile has to find its service.
         sockets = self._open_listeners(self.config.backends.values(), {})
-        await self.workers.start()
+        self.workers.start()
+        self.shared.take_over(self.estate.left.shared, self.estate)
+        self._next_number = max(self.workers.adopted.gates, default=0)
         for config in self.config.backends.values():
             self._add(config, sockets[config.name])
-        for unused in self.listeners.unused:
-            log.warning("inherited socket %s belongs to no listener", unused)
+        self._settle()
         self.notifier.ready()
         self._tell_status()
-        log.info("%d backends asleep, listening; pid %d", len(self.services), os.getpid())
-        for service in list(self.services.values()):
-            if service.activation and Capability.ADOPT in service.backend.capabilities:
-                self.spawn(service.activation.adopt(), f"adoption of {service.name}")
+        for unused in self.listeners.unused:
+            log.warning("inherited socket %s belongs to no listener", unused)
+        awake = len(self.awake)
+        log.info("%d backends asleep, listening; pid %d", len(self.services) - awake, os.getpid())
         for name, seconds in self.holds.load().items():
             if name in self.services and self.services[name].activation:
                 self.services[name].lives().hold(seconds)
+
+    def _find_sockets(self) -> None:
+        """Those that the replaced control plane left."""
+        for kept in self.estate.left.sockets:
+            sock = socket.socket(fileno=self.estate.claim(kept.fd))
+            if kept.inherited:
+                self.listeners.inherit(kept.inherited, sock)
+            else:
+                self.listeners.find(kept.key, sock)
+
+    def _settle(self) -> None:
+        """Everybody has taken over what is theirs: let go of the rest."""
+        self.workers.settle()
+        self.shared.settle()
+        self.listeners.forget_found()
+        self.estate.settle()
 
     async def _drain(self) -> None:
         """Close the doors, let live connections end, for at most `gateway.drain` or until a second signal."""
@@ -104,7 +140,7 @@ class Server:
         for service in self.numbers.values():
             service.unlisten()
             service.retire()
-        impatient = self.loop.create_task(self._second_signal(), name="second signal")
+        impatient = self.loop.create_task(self.until(lambda: self._signals > 1), name="second signal")
         quiet = self.loop.create_task(self.until(lambda: all(s.asleep for s in self.numbers.values())), name="drain")
         _, left = await asyncio.wait({impatient, quiet}, timeout=drain, return_when=asyncio.FIRST_COMPLETED)
         if quiet in left:
@@ -117,6 +153,7 @@ class Server:
     async def _end(self) -> None:
         """Stop whatever still runs; nothing is left. Comes here also when the start failed half-way."""
         self.stopping = True
+        self._tell_news()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -139,10 +176,11 @@ class Server:
         try:
             for config in configs:
                 sockets = result[config.name] = []
+                sockets_wanted = self.workers.spread(config) if config.delivery is Delivery.RELAY else 1
                 for listener in config.listeners:
-                    listening = held.get(_key(listener))
+                    listening = held.get(key(listener, config.name))
                     if listening is None:
-                        listening = self.listeners.open(listener)
+                        listening = self.listeners.open(listener, config.name, sockets_wanted)
                         opened.append(listening)
                     sockets.append(listening)
         except BaseException:
@@ -151,20 +189,54 @@ class Server:
             raise
         return result
 
-    def _add(
-        self, config: BackendConfig, sockets: list[Listening], predecessor: asyncio.Task[None] | None = None
-    ) -> None:
-        self._next_number += 1
-        service = Service(self._next_number, config, sockets, self.environment, predecessor)
-        self.services[config.name] = self.numbers[service.number] = service
+    def _add(self, config: BackendConfig, sockets: list[Listening]) -> None:
+        known = self.workers.adopted.gate(config)
+        if known is None:
+            self._next_number += 1
+        number = self._next_number if known is None else known.backend
+        before = [old for old in self.drains if old.stands_in_the_way(config, sockets)]
+        after = self.spawn(_all_of([self.drains[old] for old in before]), f"wait of {config.name}") if before else None
+        accepts = any(old.config.delivery is Delivery.PASS for old in before)
+        service = Service(number, config, sockets, self.environment, after, accepts)
+        self.services[config.name] = self.numbers[number] = service
         service.listen()
+        kept = self.estate.left.services.pop(config.name, None)
+        if kept is not None and kept.digest == config.digest:
+            service.take_over(kept, self.estate)
+        else:
+            self.spawn(service.adopt(known.endpoints if known else None), f"adoption of {service.name}")
+        if self.workers.is_busy(number):
+            self.busy(number)
+
+    async def upgrade(self, answered: Callable[[], Awaitable[None]]) -> None:
+        """Become the version of the program that is on the disk. Returns only if that cannot be: raises CommandFailed or
+        OSError, and nothing has changed. `answered` is awaited when it is sure to try.
+        """
+        async with self._reloading:
+            if self._signals:
+                raise Stopping("the gateway is stopping")
+            environment = {upgrade.VARIABLE: upgrade.TRIAL}
+            await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env=environment)
+            await answered()
+            self.notifier.reloading()
+            log.info("the version on the disk takes over")
+            estate = upgrade.Estate()
+            estate.left.sockets += self.listeners.hand_over(estate)
+            estate.left.shared = self.shared.hand_over(estate)
+            estate.left.services = {name: service.hand_over(estate) for name, service in self.services.items()}
+            try:
+                upgrade.replace(estate, self.notifier.environment)
+            finally:
+                self.notifier.ready()
 
     async def reload(self) -> str:
         """Read the configuration again and bring about what it says; one line about what was done.
 
-        Raises ConfigError or ListenError, and then nothing has changed.
+        Raises ConfigError, ListenError or Stopping, and then nothing has changed.
         """
         async with self._reloading:
+            if self._signals:
+                raise Stopping("the gateway is stopping")
             self.notifier.reloading()
             try:
                 config = await asyncio.to_thread(self.read)
@@ -177,22 +249,27 @@ class Server:
         replaced = {name for name in old if name not in new or not old[name].can_become(new[name])}
         adjusted = {name for name in old if name not in replaced and old[name].config != new[name]}
         fresh = [config for name, config in new.items() if name not in old or name in replaced]
-        held = {_key(listening.listener): listening for name in replaced for listening in old[name].sockets}
+        held = {key(listening.listener, name): listening for name in replaced for listening in old[name].sockets}
         sockets = self._open_listeners(fresh, held)
 
         for config_ in fresh:
             for listening, listener in zip(sockets[config_.name], config_.listeners, strict=True):
                 self.listeners.take_on(listening, listener)
         moved = {id(listening) for listenings in sockets.values() for listening in listenings}
-        drains = {}
+        held_until = {name: self.services[name].held_until for name in replaced}
         for name in replaced:
             service = self.services.pop(name)
+            self.drains[service] = self.spawn(self._drain_service(service), f"drain of {name}")
             service.unlisten(keep=moved)
-            drains[name] = self.spawn(self._drain_service(service), f"drain of {name}")
         for name in adjusted:
             self.services[name].adjust(new[name])
         for added in fresh:
-            self._add(added, sockets[added.name], drains.get(added.name))
+            self._add(added, sockets[added.name])
+            until = held_until.get(added.name)
+            if until is not None and added.delivery is not Delivery.ACCEPT:
+                self.services[added.name].lives().hold(until - self.loop.time())
+        for name in held_until.keys() - new.keys():
+            self.spawn(self.holds.remove(name), f"hold of {name}")
         if config.gateway != self.config.gateway:
             log.warning("changes under `gateway` need a restart")
         self.config = config
@@ -206,8 +283,6 @@ class Server:
 
     async def _drain_service(self, service: Service) -> None:
         """A service that is not configured any more, or differently: let its connections end, then stop it."""
-        if service.predecessor is not None:
-            await asyncio.wait({service.predecessor})
         service.retire()
         try:
             async with asyncio.timeout(self.config.gateway.drain):
@@ -217,6 +292,8 @@ class Server:
         finally:
             await service.stop("it was removed or changed in the configuration")
             self.numbers.pop(service.number, None)
+            self.awake.discard(service.number)
+            del self.drains[service]
 
     # What the workers report
 
@@ -236,7 +313,6 @@ class Server:
             service.activation.quiet(since)
 
     def refused(self, backend: int, error: str) -> None:
-        self.workers.refused(backend)
         service = self.numbers.get(backend)
         if service is not None and service.activation:
             service.activation.refused(error)
@@ -316,16 +392,17 @@ class Server:
             log.error("unexpected error in %s", task.get_name(), exc_info=task.exception())
 
     def _tell_status(self) -> None:
-        awake = len(self.awake)
+        awake = sum(service.number in self.awake for service in self.services.values()) if self.awake else 0
         self.notifier.status(f"{len(self.services) - awake} asleep, {awake} awake")
 
     def _on_stop_signal(self) -> None:
+        """The first one drains, a second one cuts at once, whatever is going on by then."""
         self._signals += 1
         self._signalled.set()
+        if self._signals > 1:
+            for service in self.numbers.values():
+                service.hurry()
         self._tell_news()
-
-    async def _second_signal(self) -> None:
-        await self.until(lambda: self._signals > 1)
 
     def _tell_news(self) -> None:
         news, self._news = self._news, asyncio.Event()
@@ -334,6 +411,15 @@ class Server:
     def _on_reload_signal(self) -> None:
         self.spawn(self._reload_and_log(), "reload")
 
+    def _on_upgrade_signal(self) -> None:
+        self.spawn(self._upgrade_and_log(), "upgrade")
+
+    async def _upgrade_and_log(self) -> None:
+        try:
+            await self.upgrade(_nobody_waits)
+        except (CommandFailed, OSError) as error:
+            log.error("not upgraded: %s", error)
+
     async def _reload_and_log(self) -> None:
         try:
             await self.reload()
@@ -341,9 +427,12 @@ class Server:
             log.error("nothing was reloaded: %s", error)
 
 
-def _key(listener: Listener) -> str:
-    """Two listeners of the same address, whatever their names, are one socket."""
-    return str(listener.endpoint)
+async def _nobody_waits() -> None:
+    pass
+
+
+async def _all_of(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks)
 
 
 def _raise_descriptor_limit() -> None:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from backends import load
-from backends.base import BackendError, PassedSocket, Setup, Shared, Usage
-from gateway.activation import Activation, State
+from backends.base import BackendError, Capability, PassedSocket, Setup, Shared, Usage
+from backends.endpoint import parse
+from gateway.activation import Activation
 from gateway.config import BackendConfig, Delivery
 from gateway.handover import Instances, PassGate
-from gateway.listeners import Listeners, Listening
+from gateway.listeners import Listeners, Listening, key
 from gateway.plane.link import Tally
+from gateway.states import State
 from gateway.status import BackendStatus, StateChange
+from gateway.upgrade import Estate, KeptService
 from gateway.workers import RelayGate, Workers
 
 log = logging.getLogger(__name__)
@@ -45,10 +48,13 @@ class Environment:
 
 
 class Service:
-    """`predecessor` is the drain of the service that this one replaces: it starts nothing before that is done."""
+    """`after` is the drain of the services that this one replaces: it starts nothing before that is done.
+
+    `listens_after`: nor does it listen before, because a backend still accepts from one of its sockets.
+    """
 
     __slots__ = (
-        "_gate", "_numbers", "activation", "backend", "config", "environment", "instances", "number", "predecessor", "sockets",
+        "_gate", "_numbers", "activation", "backend", "config", "environment", "given", "instances", "listens_after", "number", "sockets",
     )  # fmt: skip
 
     def __init__(
@@ -57,13 +63,16 @@ class Service:
         config: BackendConfig,
         sockets: list[Listening],
         environment: Environment,
-        predecessor: asyncio.Task[None] | None = None,
+        after: asyncio.Task[None] | None = None,
+        listens_after: bool = False,
     ) -> None:
         self.number = number
         self.config = config
         self.sockets = sockets
+        self.given = tuple(sockets)
+        """those that it began with, whoever has them now"""
         self.environment = environment
-        self.predecessor = predecessor
+        self.listens_after = after if listens_after else None
         setup = Setup(
             name=config.name, directory=config.directory, endpoints=config.endpoints, readiness=config.ready,
             shared=environment.shared, passes=config.delivery is Delivery.PASS,
@@ -73,8 +82,8 @@ class Service:
         self.activation: Activation | None = None
         self.instances: Instances | None = None
         self._gate: RelayGate | PassGate | None = None
-        self._numbers: dict[int, int] = {}
-        """id of a listening socket -> its number in the workers"""
+        self._numbers: dict[int, list[int]] = {}
+        """id of a listening socket -> its numbers in the workers"""
         passed = [PassedSocket(listening.listener.name, listening.socket) for listening in sockets]
         if config.delivery is Delivery.ACCEPT:
             self.instances = Instances(config, self.backend, passed, self._changed)
@@ -83,25 +92,36 @@ class Service:
             self._gate = PassGate(config.name, passed, config.idle.after, self.wake, self._busy, self._quiet)
         else:
             self._gate = RelayGate(number, environment.workers)
-        self.activation = Activation(config, self.backend, self._gate, self._changed)
+        self.activation = Activation(config, self.backend, self._gate, self._changed, after)
 
     # Its doors
 
     def listen(self) -> None:
         """Let clients come."""
-        workers = self.environment.workers
+        if isinstance(self._gate, RelayGate):
+            self.environment.workers.serve(self.number, self.config)
+        if self.listens_after is None:
+            self._listen()
+        else:
+            self.listens_after.add_done_callback(lambda _: self._listen())
+
+    def _listen(self) -> None:
+        if not self.sockets:  # it was removed while it waited
+            return
+        for listening in self.sockets:
+            for sock in listening.sockets:
+                sock.setblocking(False)  # a backend that had it has changed that for all who have it
         if self.instances is not None:
             self.instances.listen()
-        elif isinstance(self._gate, RelayGate):
-            workers.serve(self.number, self.config)
-            numbers = workers.listen(self.number, [(s.listener.name, s.socket) for s in self.sockets])
-            self._numbers = {id(listening): number for listening, number in zip(self.sockets, numbers, strict=True)}
         elif isinstance(self._gate, PassGate):
-            gate = self._gate
-            if self.predecessor is None:
-                gate.arm()
-            else:
-                self.predecessor.add_done_callback(lambda _: gate.arm())
+            self._gate.arm()
+        else:
+            workers = self.environment.workers
+            spread = workers.spread(self.config)
+            for listening in self.sockets:
+                self._numbers[id(listening)] = workers.listen(
+                    self.number, listening.listener.name, key(listening.listener, self.name), listening.sockets, spread
+                )
 
     def unlisten(self, keep: Collection[int] = ()) -> None:
         """Let nobody in any more; close the sockets but those (by id) that somebody else takes over."""
@@ -119,15 +139,39 @@ class Service:
         self._numbers = {}
         self.sockets = []
 
+    # The next control plane
+
+    def hand_over(self, estate: Estate) -> KeptService:
+        """What `take_over` needs in the control plane that replaces this one."""
+        return KeptService(
+            digest=self.config.digest,
+            life=self.activation.hand_over() if self.activation else None,
+            total=self.instances.total if self.instances else 0,
+            output=self.backend.output.hand_over(),
+            driver=self.backend.hand_over(estate),
+        )
+
+    def take_over(self, kept: KeptService, estate: Estate) -> None:
+        """Go on where the replaced control plane was."""
+        self.backend.output.take_over(kept.output)
+        instances = self.backend.take_over(kept.driver, estate) if kept.driver is not None else ()
+        if self.instances is not None:
+            self.instances.total = kept.total
+            self.instances.resume(instances)
+        if self.activation is not None and kept.life is not None:
+            self.activation.take_over(kept.life)
+
+    async def adopt(self, endpoints: Mapping[str, str] | None) -> None:
+        """Find out whether it runs already; `endpoints`: its gate is open with these."""
+        opened = None if endpoints is None else {name: parse(address) for name, address in endpoints.items()}
+        if self.activation is not None and (opened or Capability.ADOPT in self.backend.capabilities):
+            await self.activation.adopt(opened)
+
     # Its life
 
     def wake(self, source: str) -> None:
         """A client waits."""
-        activation = self.lives()
-        if self.predecessor is not None and not self.predecessor.done():
-            self.predecessor.add_done_callback(lambda _: activation.wake(source))
-        else:
-            activation.wake(source)
+        self.lives().wake(source)
 
     def lives(self) -> Activation:
         """Its activation. Raises NoLife in delivery `accept`."""
@@ -142,6 +186,11 @@ class Service:
         if self.activation is not None:
             self.activation.retire()
 
+    def hurry(self) -> None:
+        """Stop without grace, now or whenever it comes to that."""
+        if self.activation is not None:
+            self.activation.hurry()
+
     async def stop(self, why: str) -> None:
         """Close everything at once; return when nothing is left of it."""
         if self.sockets:
@@ -149,8 +198,8 @@ class Service:
         if self.instances is not None:
             await self.instances.stop()
         if self.activation is not None:
-            self.environment.workers.cut(self.number, why)
-            await self.activation.stop(why)
+            self.environment.workers.cut(self.number)
+            await self.activation.close(why)
             self.environment.workers.forget(self.number)
 
     # Its configuration
@@ -161,7 +210,17 @@ class Service:
             config, idle=self.config.idle, limits=self.config.limits, start_timeout=self.config.start_timeout,
             stop_grace=self.config.stop_grace, origin=self.config.origin,
         )  # fmt: skip
-        return same == self.config
+        spread = self.environment.workers.spread
+        return same == self.config and spread(config) == spread(self.config)
+
+    def stands_in_the_way(self, config: BackendConfig, sockets: Collection[Listening]) -> bool:
+        """Whether a new backend must wait for the end of this one: the same name, sockets or endpoints."""
+        mine = {id(listening) for listening in self.given}
+        return (
+            config.name == self.name
+            or any(id(listening) in mine for listening in sockets)
+            or any(endpoint in self.config.endpoints.values() for endpoint in config.endpoints.values())
+        )
 
     def adjust(self, config: BackendConfig) -> None:
         """Take on new limits, timeouts and idle policy."""
@@ -180,6 +239,11 @@ class Service:
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def held_until(self) -> float | None:
+        """Loop time; None: not held."""
+        return self.activation.held_until if self.activation else None
 
     @property
     def asleep(self) -> bool:

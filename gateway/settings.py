@@ -94,6 +94,10 @@ class GatewayOptions(Struct, frozen=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     drain: Duration = seconds(30)
     """how long live connections get at the end"""
+    workers: Annotated[int, Meta(ge=1, le=256)] | Literal["auto"] = 1
+    """processes of the data plane; auto: one for each CPU"""
+    orphan_time: Duration = seconds(60)
+    """how long workers go on when the control plane has died, until another one takes over"""
 
 
 class BackendConfig(Struct, frozen=True):
@@ -116,6 +120,8 @@ class BackendConfig(Struct, frozen=True):
     """the folder of its file, which relative paths start from"""
     origin: str
     """`FILE: backends.NAME`, for messages; does not count in comparisons"""
+    digest: str = ""
+    """the same for the same text, but for what can be adjusted; does not count in comparisons"""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BackendConfig):
@@ -126,7 +132,7 @@ class BackendConfig(Struct, frozen=True):
         return hash(self.name)
 
 
-_COMPARED = [name for name in BackendConfig.__struct_fields__ if name != "origin"]
+_COMPARED = [name for name in BackendConfig.__struct_fields__ if name not in ("origin", "digest")]
 
 
 class Config(Struct, frozen=True):

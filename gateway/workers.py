@@ -1,7 +1,8 @@
 """The control plane's side of the data plane: starts the workers, tells them what to serve, hears who waits.
 
-Counterpart: `gateway.plane.worker`, over `gateway.plane.link`. Remembers everything that was said, so that a worker that dies
-has a successor with the same listening sockets at once. Knows nothing of drivers and lives: it reports to `Reports`.
+Counterpart: `gateway.plane.worker`, over `gateway.plane.link`. All workers serve all backends; each connection is in one of
+them. Remembers everything that was said, so that a worker that dies has a successor with the same listening sockets at
+once. Knows nothing of drivers and lives: it reports to `Reports`.
 """
 
 from __future__ import annotations
@@ -9,25 +10,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
+import math
+import os
 import socket
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from msgspec import structs
 
 from backends.base import PassedSocket
 from backends.endpoint import Endpoint
-from gateway.config import BackendConfig
+from gateway import adoption
+from gateway.config import BackendConfig, GatewayOptions
 from gateway.plane import link as say
-from gateway.plane.link import Link, LinkClosed, Message, Tally
+from gateway.plane.link import Message, Tally
+from gateway.worker_process import Worker, WorkerLost
 
 log = logging.getLogger(__name__)
 
-ANSWER_DEADLINE = 5.0
-"""Seconds that a worker may take to answer. It never waits for anything, so it is stuck when it takes longer."""
-
 RESPAWN_GAP = 1.0
 """Seconds at least between two successors of a worker that keeps dying; the first one comes at once."""
+
+SPREAD_FROM = 16
+"""Each worker has its share of `limits.connections`. Below so many for each, one worker serves the backend alone: the
+kernel's choice of a worker is not that even."""
 
 
 class Reports(Protocol):
@@ -40,314 +49,325 @@ class Reports(Protocol):
     def limited(self, backend: int, limit: str, count: int, source: str) -> None: ...
 
 
-class WorkerLost(Exception):
-    """The worker ended before it answered."""
+class Ear(NamedTuple):
+    """One listening socket of the workers."""
+
+    message: say.Listen
+    socket: socket.socket
+    worker: int | None
+    """the place of the one that has it; None: all of them"""
 
 
-class Worker:
-    """One worker process and the link to it."""
+@dataclass
+class Adopted:
+    """What the workers of a former control plane serve."""
 
-    def __init__(self, number: int, workers: Workers) -> None:
-        self.number = number
-        self.workers = workers
-        self.process: asyncio.subprocess.Process | None = None
-        self.link: Link | None = None
-        self.busy: set[int] = set()
-        self.answers: dict[tuple[str, int], asyncio.Future[Any]] = {}
-        self.tallies: list[Tally] = []
-        self.gone = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._writing = False
+    gates: dict[int, say.Serving] = field(default_factory=dict)
+    """by number; what differs between them counts as closed"""
+    ears: dict[int, tuple[say.Held, socket.socket]] = field(default_factory=dict)
+    meanings: dict[tuple[str, str], int] = field(default_factory=dict)
+    """name and digest -> number of the backend"""
+    numbers: dict[tuple[int, socket.socket], int] = field(default_factory=dict)
+    """backend and socket -> number of the listener"""
 
-    async def start(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()),
-                pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-        self.link = Link(ours)
-        self._loop.add_reader(ours, self._readable)
+    def gate(self, config: BackendConfig) -> say.Serving | None:
+        """What is served of this backend, if it still means the same."""
+        number = self.meanings.get((config.name, config.digest))
+        return None if number is None else self.gates[number]
 
-    def send(self, *messages: Message, fds: Sequence[int] = ()) -> None:
-        if self.link is None:
-            return
-        try:
-            self.link.send(*messages, fds=fds)
-        except LinkClosed:
-            return  # the reader sees it too
-        if self.link.pending and not self._writing:
-            self._writing = True
-            self._loop.add_writer(self.link.socket, self._writable)
-
-    async def ask(self, question: Message, answer: str, number: int) -> Any:
-        """Send a question and wait for its answer. Raises WorkerLost or TimeoutError."""
-        future = self.answers.get((answer, number))
-        if future is None:
-            future = self.answers[answer, number] = self._loop.create_future()
-            self.send(question)
-        async with asyncio.timeout(ANSWER_DEADLINE):
-            return await asyncio.shield(future)
-
-    def _writable(self) -> None:
-        assert self.link is not None
-        with contextlib.suppress(LinkClosed):
-            self.link.flush()
-            if self.link.pending:
-                return
-        self._writing = False
-        self._loop.remove_writer(self.link.socket)
-
-    def _readable(self) -> None:
-        assert self.link is not None
-        try:
-            while (datagram := self.link.receive()) is not None:
-                for message in datagram[0]:
-                    self._hear(message)
-        except LinkClosed:
-            self._lost()
-
-    def _hear(self, message: Any) -> None:
-        reports = self.workers.reports
-        match message:
-            case say.Wake(backend, source):
-                reports.wake(backend, source)
-            case say.Busy(backend):
-                self.busy.add(backend)
-                reports.busy(backend)
-            case say.Quiet(backend, since):
-                self.busy.discard(backend)
-                if not self.workers.is_busy(backend):
-                    reports.quiet(backend, since)
-            case say.Closed(backend, connections):
-                self._answer("closed", backend, connections)
-            case say.Refused(backend, error):
-                reports.refused(backend, error)
-            case say.Counted(serial, tallies, more):
-                self.tallies += tallies
-                if not more:
-                    self._answer("counted", serial, self.tallies)
-                    self.tallies = []
-            case say.Limited(backend, limit, count, source):
-                reports.limited(backend, limit, count, source)
-            case say.Trouble(text):
-                log.warning("worker %d: %s", self.number, text)
-            case say.Hello(version, pid):
-                log.debug("worker %d is up, pid %d", self.number, pid)
-                if version != say.VERSION:
-                    log.error("worker %d speaks version %d, not %d", self.number, version, say.VERSION)
-                    self._lost()
-
-    def _answer(self, kind: str, number: int, value: Any) -> None:
-        future = self.answers.pop((kind, number), None)
-        if future is not None and not future.done():
-            future.set_result(value)
-
-    def _lost(self) -> None:
-        """The link ended: whatever the process is doing, it is not ours any more."""
-        if self.link is None:
-            return
-        self._loop.remove_reader(self.link.socket)
-        if self._writing:
-            self._loop.remove_writer(self.link.socket)
-        self.link.close()
-        self.link = None
-        for future in self.answers.values():
-            if not future.done():
-                future.set_exception(WorkerLost(f"worker {self.number} is gone"))
-                future.exception()  # nobody may be waiting any more
-        self.answers.clear()
-        self.gone.set()
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.send_signal(signal.SIGKILL)
+    def add(self, found: adoption.Found) -> None:
+        for gate in found.serving:
+            known = self.gates.setdefault(gate.backend, gate)
+            meaning = (gate.name, gate.digest)
+            self.meanings[meaning] = max(gate.backend, self.meanings.get(meaning, 0))  # the latest: others are drained
+            if known.endpoints != gate.endpoints:
+                self.gates[gate.backend] = say.Serving(gate.backend, gate.name, gate.digest, None)
+        for held, sock in found.held:
+            if held.listener in self.ears:
+                sock.close()
+            else:
+                self.ears[held.listener] = (held, sock)
+                self.numbers[held.backend, sock] = held.listener
 
 
 class Workers:
     """All workers, seen as one data plane."""
 
-    def __init__(self, reports: Reports) -> None:
+    def __init__(self, reports: Reports, options: GatewayOptions) -> None:
         self.reports = reports
+        self.options = options
+        self.size = options.workers if isinstance(options.workers, int) else len(os.sched_getaffinity(0))
+        self.directory = Path(f"{options.admin}.workers")
         self.served: dict[int, say.Serve] = {}
-        self.listening: dict[int, tuple[say.Listen, socket.socket]] = {}
         self.opened: dict[int, say.Open] = {}
-        self._workers: list[Worker] = []
-        self._keepers: list[asyncio.Task[None]] = []
-        self._serial = 0
+        self.adopted = Adopted()
+        self._ears: dict[int, Ear] = {}
+        self._places: list[Worker] = []
+        """those that accept; a place has a successor when its worker dies"""
+        self._leaving: list[Worker] = []
+        """those that finish what they have"""
+        self._past: dict[int, Tally] = {}
+        """what workers that ended had counted"""
+        self._found: set[Worker] = set()
+        """those that were taken over and are not heard yet"""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._next_listener = 0
 
-    async def start(self) -> None:
-        """Start the worker; from now on it is replaced whenever it ends."""
-        worker = Worker(0, self)
-        await worker.start()
-        self._workers.append(worker)
-        keeper = asyncio.get_running_loop().create_task(self._keep(worker), name="keeper of worker 0")
-        self._keepers.append(keeper)
+    # The processes
+
+    async def find(self, replace: bool) -> None:
+        """Take over the workers of a former control plane; with `replace`, they only finish what they have."""
+        with contextlib.suppress(OSError):
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for found in await adoption.find(self.directory, self.options.drain, self._hear):
+            self.adopted.add(found)
+            if found.worker.foreign or replace or len(self._places) >= self.size:
+                self._leaving.append(found.worker)
+            else:
+                self._places.append(found.worker)
+            self._found.add(found.worker)
+            log.info("found worker %d, pid %d", found.worker.number, found.worker.pid)
+        numbers = [held.listener for held, _ in self.adopted.ears.values()]
+        self._next_listener = max(numbers, default=0)
+
+    def start(self) -> None:
+        """Start workers in the places that are empty; from now on each is replaced whenever it ends. Raises OSError."""
+        while len(self._places) < self.size:
+            worker = self._launch(len(self._places))
+            self._places.append(worker)
+        for place in range(self.size):
+            self._spawn(self._keep(place), f"keeper of worker {place}")
+
+    def settle(self) -> None:
+        """Everything that is served has been told: hear the workers that were taken over, and let go of what is not
+        served any more."""
+        for worker in self._all:
+            if worker in self._found:
+                worker.attach()
+        self._found.clear()
+        for worker in self._leaving:
+            worker.send(say.Retire(self.options.drain, sockets=False))
+            worker.retiring = True
+            self._spawn(self._see_off(worker), f"end of worker {worker.number}")
+        used = {ear.socket for ear in self._ears.values()}
+        for listener, (_, sock) in self.adopted.ears.items():
+            if listener not in self._ears:
+                self._send(say.Unlisten(listener, accept_waiting=False))
+            if sock not in used:
+                sock.close()
+        for number in self.adopted.gates:
+            if number not in self.served:
+                self._send(say.Forget(number))
+        self.adopted = Adopted()
 
     async def stop(self) -> None:
         """End the workers; return when they are gone. Connections that are left are closed by that."""
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
-        for worker in self._workers:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in self._all:
             worker.send(say.Quit())
-        for worker in self._workers:
-            await self._end(worker)
-        self._workers.clear()
+        await asyncio.gather(*(worker.end() for worker in self._all))
+        self._places.clear()
+        self._leaving.clear()
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
 
-    async def _end(self, worker: Worker) -> None:
-        assert worker.process is not None
-        try:
-            async with asyncio.timeout(ANSWER_DEADLINE):
-                await worker.process.wait()
-        except TimeoutError:
-            log.warning("worker %d is stuck and is killed", worker.number)
-            worker.kill()
-            await worker.process.wait()
-        worker._lost()
+    def _launch(self, number: int) -> Worker:
+        return Worker.start(number, str(self.directory), self.options.orphan_time, self._hear)
 
-    async def _keep(self, worker: Worker) -> None:
-        """Whenever the worker ends, start another with the same sockets."""
-        loop = asyncio.get_running_loop()
-        replaced = 0.0
+    async def _keep(self, place: int) -> None:
+        """Whenever the worker in this place ends, start another with the same sockets."""
+        clock = asyncio.get_running_loop().time
+        replaced = -RESPAWN_GAP
         while True:
+            worker = self._places[place]
             await worker.gone.wait()
-            assert worker.process is not None
-            worker.kill()
+            worker.process.kill()
             code = await worker.process.wait()
-            log.error("worker %d ended (%s): its connections are lost, another takes its place", worker.number, code)
-            await asyncio.sleep(replaced + RESPAWN_GAP - loop.time())
-            replaced = loop.time()
-            lost = worker.busy
-            worker.busy, worker.gone = set(), asyncio.Event()
-            for backend in lost:
-                if not self.is_busy(backend):
-                    self.reports.quiet(backend, loop.time())
-            await self._restart(worker)
-            self._tell_all(worker)
+            log.error("worker %d ended (%s): its connections are lost, another takes its place", place, code)
+            self._count_in(worker)
+            await asyncio.sleep(replaced + RESPAWN_GAP - clock())
+            replaced = clock()
+            successor = await self._succeed(place)
+            self._places[place] = successor
+            self._tell_all(successor, place)
+            self._forget_busy(worker)
 
-    async def _restart(self, worker: Worker) -> None:
+    async def _succeed(self, place: int) -> Worker:
         while True:
             try:
-                return await worker.start()
+                return self._launch(place)
             except OSError as error:
-                log.error("worker %d cannot be started: %s", worker.number, error)
+                log.error("worker %d cannot be started: %s", place, error)
             await asyncio.sleep(RESPAWN_GAP)
 
-    def _tell_all(self, worker: Worker) -> None:
-        _send_batched(worker, self.served.values())
-        self._send_listeners(worker, self.listening.values())
-        _send_batched(worker, self.opened.values())
+    async def _see_off(self, worker: Worker) -> None:
+        """A worker that finishes what it has."""
+        await worker.gone.wait()
+        await worker.end(self.options.drain)
+        self._leaving.remove(worker)
+        self._count_in(worker)
+        self._forget_busy(worker)
+        log.info("worker with pid %d has finished", worker.pid)
+
+    def _forget_busy(self, worker: Worker) -> None:
+        """It is gone, and its connections with it."""
+        lost, worker.busy = worker.busy, set()
+        for backend in lost:
+            if not self.is_busy(backend):
+                self.reports.quiet(backend, asyncio.get_running_loop().time())
+
+    def _count_in(self, worker: Worker) -> None:
+        for tally in worker.counted:
+            if tally.backend in self.served:
+                over = structs.replace(tally, connections=0, parked=0)
+                self._past[tally.backend] = _sum(self._past.get(tally.backend), over)
+        worker.counted = []
+
+    def _tell_all(self, worker: Worker, place: int) -> None:
+        worker.send_all(self.served.values())
+        ears = [ear for ear in self._ears.values() if ear.worker in (None, place)]
+        worker.send_all((ear.message for ear in ears), [ear.socket.fileno() for ear in ears])
+        worker.send_all(self.opened.values())
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     # What is served
 
+    def spread(self, config: BackendConfig) -> int:
+        """Over how many workers the connections of a backend are spread."""
+        return 1 if config.limits.connections < SPREAD_FROM * self.size else self.size
+
     def serve(self, number: int, config: BackendConfig) -> None:
         """There is this backend, or its limits changed. Its gate is closed until `open`."""
-        limits = config.limits
+        limits, spread = config.limits, self.spread(config)
         self.served[number] = say.Serve(
-            number,
-            config.name,
-            limits.connections,
-            limits.pending,
-            float(limits.connect_timeout),
-            float(limits.idle_timeout or 0),
-            float(limits.flow_timeout),
-            limits.flow_datagrams,
-            int(limits.flow_bytes),
-        )
+            number, config.name, config.digest, math.ceil(limits.connections / spread), math.ceil(limits.pending / spread),
+            float(limits.connect_timeout), float(limits.idle_timeout or 0),
+            float(limits.flow_timeout), limits.flow_datagrams, math.ceil(limits.flow_bytes / spread),
+        )  # fmt: skip
         self._send(self.served[number])
 
-    def listen(self, backend: int, sockets: Iterable[tuple[str, socket.socket]]) -> list[int]:
-        """Accept on these sockets (by listener name) for the backend; the numbers are for `unlisten`."""
-        fresh = {}
-        for name, sock in sockets:
-            self._next_listener += 1
-            fresh[self._next_listener] = (say.Listen(self._next_listener, backend, name), sock)
-        self.listening.update(fresh)
-        for worker in self._workers:
-            self._send_listeners(worker, fresh.values())
-        return list(fresh)
+    def listen(self, backend: int, name: str, address: str, sockets: Sequence[socket.socket], spread: int) -> list[int]:
+        """Accept on these sockets for a listener of the backend; the numbers are for `unlisten`.
 
-    def unlisten(self, listener: int, accept_waiting: bool) -> None:
+        `address` says which listener it is to another control plane. One socket is shared by the workers, or belongs to
+        one of them if the backend is not spread; of several, each has its own. A single datagram socket is not shared: all
+        datagrams of a client must come to the same worker.
+        """
+        numbers = []
+        for index, sock in enumerate(sockets):
+            number = self.adopted.numbers.get((backend, sock))
+            if number is None:
+                number = self._next_listener = self._next_listener + 1
+            alone = spread == 1 or (len(sockets) == 1 and sock.type == socket.SOCK_DGRAM)
+            shared = len(sockets) == 1 and not alone
+            place = None if shared else (backend if alone else index) % self.size
+            ear = Ear(say.Listen(number, backend, name, address), sock, place)
+            self._ears[number] = ear
+            numbers.append(number)
+            for place, worker in enumerate(self._places):
+                if ear.worker in (None, place):
+                    worker.send(ear.message, sock.fileno())
+        return numbers
+
+    def unlisten(self, numbers: Iterable[int], accept_waiting: bool) -> None:
         """Stop accepting there; the clients in the backlog come in first, or are left to whoever takes the socket over."""
-        self.listening.pop(listener, None)
-        self._send(say.Unlisten(listener, accept_waiting))
+        for number in numbers:
+            self._ears.pop(number, None)
+            self._send(say.Unlisten(number, accept_waiting))
 
     def open(self, number: int, endpoints: Mapping[str, Endpoint]) -> None:
         self.opened[number] = say.Open(number, {name: str(endpoint) for name, endpoint in endpoints.items()})
         self._send(self.opened[number])
 
     async def close(self, number: int) -> int:
-        """Close the gate in all workers; how many connections are left in them. One that does not answer counts as busy."""
+        """Close the gate in all workers; how many connections are left in them.
+
+        A worker that does not answer counts as busy, and so does one of another version.
+        """
         self.opened.pop(number, None)
-        left = 0
-        for worker in self._workers:
-            try:
-                left += await worker.ask(say.Close(number), "closed", number)
-            except WorkerLost:
-                continue
-            except TimeoutError:
-                log.error("worker %d does not answer", worker.number)
-                left += 1
+        return sum(await asyncio.gather(*(self._close(worker, number) for worker in self._all)))
+
+    async def _close(self, worker: Worker, number: int) -> int:
+        if worker.foreign:
+            return int(not worker.gone.is_set())
+        try:
+            left: int = await worker.ask(partial(say.Close, number))
+        except WorkerLost:
+            return 0
+        except TimeoutError:
+            return 1
         return left
 
-    def reject(self, number: int, reason: str) -> None:
-        self._send(say.Reject(number, reason))
+    def reject(self, number: int) -> None:
+        """Close the clients that wait."""
+        self._send(say.Reject(number))
 
-    def cut(self, number: int, reason: str) -> None:
+    def cut(self, number: int) -> None:
         """Close all connections of the backend."""
-        self._send(say.Cut(number, reason))
+        self._send(say.Cut(number))
 
     def forget(self, number: int) -> None:
         self.served.pop(number, None)
         self.opened.pop(number, None)
+        self._past.pop(number, None)
         self._send(say.Forget(number))
 
-    def refused(self, number: int) -> None:
-        """A worker closed this gate: the others must not go on."""
-        if self.opened.pop(number, None) is not None:
-            self._send(say.Close(number))
+    # What is said and known
 
-    # What is known
+    def _hear(self, worker: Worker, message: Any) -> None:
+        match message:
+            case say.Wake(backend, source):
+                self.reports.wake(backend, source)
+            case say.Busy(backend):
+                worker.busy.add(backend)
+                self.reports.busy(backend)
+            case say.Quiet(backend, since):
+                worker.busy.discard(backend)
+                if not self.is_busy(backend):
+                    self.reports.quiet(backend, since)
+            case say.Refused(backend, error):
+                # One worker closed this gate: the others must not go on.
+                if self.opened.pop(backend, None) is not None:
+                    self._send(say.Close(backend, 0))
+                self.reports.refused(backend, error)
+            case say.Limited(backend, limit, count, source):
+                self.reports.limited(backend, limit, count, source)
+            case say.Trouble(text):
+                log.warning("worker %d: %s", worker.number, text)
 
     def is_busy(self, number: int) -> bool:
-        return any(number in worker.busy for worker in self._workers)
+        return any(number in worker.busy for worker in self._all)
 
     async def count(self) -> dict[int, Tally]:
         """The counters of every backend that was ever used, summed over the workers."""
-        total: dict[int, Tally] = {}
-        self._serial += 1
-        for worker in self._workers:
-            with contextlib.suppress(WorkerLost, TimeoutError):
-                for tally in await worker.ask(say.Count(self._serial), "counted", self._serial):
+        asked = (worker.ask(say.Count) for worker in self._all if not worker.foreign)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        total = dict(self._past)
+        for answer in answers:
+            if isinstance(answer, list):
+                for tally in answer:
                     total[tally.backend] = _sum(total.get(tally.backend), tally)
+            elif not isinstance(answer, (WorkerLost, TimeoutError)):
+                raise answer
         return total
 
     @property
     def pids(self) -> list[int]:
-        return [worker.process.pid for worker in self._workers if worker.process is not None]
+        return [worker.pid for worker in self._places]
+
+    @property
+    def _all(self) -> list[Worker]:
+        return [*self._places, *self._leaving]
 
     def _send(self, message: Message) -> None:
-        for worker in self._workers:
+        for worker in self._all:
             worker.send(message)
-
-    def _send_listeners(self, worker: Worker, listeners: Iterable[tuple[say.Listen, socket.socket]]) -> None:
-        batch = list(listeners)
-        for start in range(0, len(batch), say.MOST_FDS):
-            part = batch[start : start + say.MOST_FDS]
-            worker.send(*(message for message, _ in part), fds=[sock.fileno() for _, sock in part])
-
-
-def _send_batched(worker: Worker, messages: Iterable[Message]) -> None:
-    batch = list(messages)
-    for start in range(0, len(batch), BATCH):
-        worker.send(*batch[start : start + BATCH])
-
-
-BATCH = 500
-"""Messages in one datagram: 500 of them stay far below `link.LARGEST`."""
 
 
 def _sum(a: Tally | None, b: Tally) -> Tally:
@@ -378,4 +398,4 @@ class RelayGate:
         return await self.workers.close(self.number)
 
     def reject(self, reason: str) -> None:
-        self.workers.reject(self.number, reason)
+        self.workers.reject(self.number)

@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -27,11 +28,11 @@ LIMITS: dict[str, Any] = {
 class Plane:
     """One worker. `hear` waits for a message of a type, and keeps the others for later."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: str) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()), directory, "0"],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -75,14 +76,14 @@ class Plane:
 
     def serve(self, backend: int = 1, listen: str = "tcp://127.0.0.1:0", name: str = "", **limits: Any) -> Endpoint:
         """A backend with one listener; where that listens."""
-        self.send(say.Serve(backend, f"backend-{backend}", **{**LIMITS, **limits}))
+        self.send(say.Serve(backend, f"backend-{backend}", "", **{**LIMITS, **limits}))
         return self.listen(backend, listen, name, 100 + backend)
 
     def listen(self, backend: int, listen: str, name: str, listener: int) -> Endpoint:
         """One more listener of a backend; where it listens."""
         sock = bind(parse(listen))
         self.listening.append(sock)
-        self.send(say.Listen(listener, backend, name), fds=[sock.fileno()])
+        self.send(say.Listen(listener, backend, name, listen), fds=[sock.fileno()])
         self.count()  # once it answers, it has taken the orders before
         return of_socket(sock)
 
@@ -98,14 +99,15 @@ class Plane:
 
 @contextlib.contextmanager
 def plane() -> Iterator[Plane]:
-    running = Plane()
-    try:
-        yield running
-        running.close()
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
+    with tempfile.TemporaryDirectory() as directory:
+        running = Plane(directory)
+        try:
+            yield running
+            running.close()
+        finally:
+            if running.process.poll() is None:
+                running.process.kill()
+                running.process.wait()
 
 
 def connect(address: Endpoint, timeout: float = PATIENCE) -> socket.socket:

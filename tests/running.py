@@ -80,6 +80,7 @@ class Gateway:
     def write(self, config: str | dict[str, Any]) -> None:
         document = {"backends": {}} if isinstance(config, str) else dict(config)
         gateway = {"admin": self.admin, "state_directory": str(self.directory / "state"), "log": "text"}
+        gateway["orphan_time"] = "0s"  # a test that kills the gateway means all of it
         document["gateway"] = {**gateway, **document.get("gateway", {})}
         text = json.dumps(document)
         if isinstance(config, str):

@@ -1,11 +1,18 @@
-"""How long a failing backend is left alone."""
+"""How long a failing backend is left alone: the numbers, and then at work."""
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from backends.base import Exit, StartFailed
+from gateway import backoff
 from gateway.backoff import FIRST, FREE_CRASHES, FREE_ENDS, LONGEST, STEADY, Backoff
+from gateway.states import State
+from tests.test_activation import SLEEP, SOON, START, Make, stages
 
+stage = pytest.fixture(stages)
 NOW = 1000.0
 QUICK = STEADY - 0.001
 
@@ -91,3 +98,91 @@ def test_failed_starts_and_crashes_add_up() -> None:
     delays(backoff, 2)
     ends(backoff, FREE_CRASHES + 1, clean=False)
     assert backoff.until == NOW + 4 * FIRST
+
+
+# At work, in an activation
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backoff, "FIRST", 0.02)
+
+
+async def test_after_a_failed_start_the_next_client_waits_and_then_it_recovers(stage: Make, impatient: None) -> None:
+    web = stage()
+    web.errors["start"] = StartFailed("no such image")
+    failing = web.hold("start")
+    web.life.wake("the first")
+    await web.asked("start")
+    web.life.wake("one who is sent away with the first")
+    failing.set()
+    await web.asked("arm")
+    until = web.life.backoff.until
+    web.did.clear()
+    for source in ("the second", "another meanwhile"):
+        web.life.wake(source)
+    await web.reach(State.READY)
+    assert web.did == START and web.at["start"] >= until > web.at["stop"]
+    assert (web.life.last_error, web.life.last_wake, web.life.wakes) == ("", "the second", 2)
+
+
+async def test_a_good_sleep_forgives_failed_starts(stage: Make, impatient: None) -> None:
+    web = stage(SOON)
+    web.errors["start"] = StartFailed("no such image")
+    web.life.wake("the first")
+    await web.asked("arm")
+    assert web.life.backoff.failures == 1
+    web.life.wake("the second")
+    await web.asked("arm", 2)
+    assert web.life.backoff.failures == 0
+
+
+@pytest.mark.parametrize(
+    ("exit", "error"), [(Exit(0), ""), (Exit(7), "died: exit status 7"), (Exit(signal=9), "died: killed by signal 9")]
+)
+async def test_after_its_first_end_the_next_client_starts_it_at_once(stage: Make, exit: Exit, error: str) -> None:
+    web = stage()
+    await web.begin()
+    web.driver.end(exit)
+    await web.asked("arm")
+    assert web.did == SLEEP and web.states == [State.STARTING, State.READY, State.STOPPED]
+    assert (web.life.last_error, web.life.backoff.until) == (error, 0.0)
+    web.did.clear()
+    await web.begin()
+
+
+async def test_who_was_served_does_not_start_it_again_after_its_end(stage: Make) -> None:
+    web = stage()
+    ready = web.hold("ready")
+    web.life.wake("the first")
+    await web.asked("ready")
+    web.life.wake("one while it starts")
+    ready.set()
+    await web.reach(State.READY)
+    web.driver.end(Exit(0))
+    await web.asked("arm")
+    assert web.did == [*START, *SLEEP]
+
+
+async def test_one_that_dies_again_and_again_is_left_alone_for_a_while(stage: Make, impatient: None) -> None:
+    web = stage()
+    for _ in range(FREE_CRASHES + 1):
+        await web.begin()
+        web.driver.end(Exit(1))
+        await web.asked("arm")
+        web.did.clear()
+    until = web.life.backoff.until
+    await web.begin()
+    assert web.at["start"] >= until > 0
+
+
+async def test_stop_ends_the_wait_for_the_next_try(stage: Make) -> None:
+    web = stage()
+    web.life.backoff.until = asyncio.get_running_loop().time() + 3600
+    web.life.wake("somebody")
+    retry = web.life._retry
+    await web.life.stop("by hand")
+    assert retry is not None and retry.cancelled() and web.life.asleep
+    web.did.clear()
+    web.life.backoff.until = 0.0
+    await web.begin()

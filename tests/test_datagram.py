@@ -213,8 +213,8 @@ def test_what_came_before_the_worker_is_answered_from_the_right_address(worker: 
     port = early.getsockname()[1]
     with Datagrams() as backend, client(parse(f"udp://127.0.0.2:{port}")) as sock:
         sock.send(b"early")
-        worker.send(say.Serve(1, "one", 9, 9, 5.0, 0.0, 30.0, 16, 1 << 20))
-        worker.send(say.Listen(101, 1, ""), fds=[early.fileno()])
+        worker.send(say.Serve(1, "one", "", 9, 9, 5.0, 0.0, 30.0, 16, 1 << 20))
+        worker.send(say.Listen(101, 1, "", ""), fds=[early.fileno()])
         worker.open(1, backend.endpoint)
         assert backend.echo() == b"early"
         assert sock.recv(100) == b"early"
@@ -396,7 +396,7 @@ def test_reject_drops_what_waits_and_the_next_datagram_wakes_anew(worker: Plane)
         sock.send(b"2")
         worker.hear(say.Wake)
         waits(worker, 1)
-        worker.send(say.Reject(1, "it does not start"))
+        worker.send(say.Reject(1))
         has(worker, parked=0, dropped=2)
         sock.send(b"3")
         worker.hear(say.Wake)
@@ -412,7 +412,7 @@ def test_a_flow_waits_again_while_the_gate_is_closed_and_keeps_its_socket(worker
         sock.send(b"1")
         assert backend.hear() == b"1"
         before = backend.sender
-        worker.send(say.Close(1))
+        worker.send(say.Close(1, 7))
         assert worker.hear(say.Closed).connections == 1
         backend.answer(b"late answer")
         assert sock.recv(100) == b"late answer"
@@ -432,7 +432,7 @@ def test_a_flow_follows_its_backend_to_another_address(worker: Plane) -> None:
         worker.open(1, old.endpoint)
         sock.send(b"1")
         assert old.echo() == b"1"
-        worker.send(say.Close(1))
+        worker.send(say.Close(1, 7))
         worker.open(1, new.endpoint)
         worker.count()
         sock.send(b"2")
@@ -510,7 +510,7 @@ def test_a_waiting_flow_does_not_time_out(worker: Plane) -> None:
         for _ in range(2):  # others come and go meanwhile
             worker.open(1, backend.endpoint)
             assert backend.hear() == b"patient"
-            worker.send(say.Close(1))
+            worker.send(say.Close(1, 7))
             worker.hear(say.Closed)
             sock.send(b"patient")
             other.send(b"other")
@@ -520,7 +520,7 @@ def test_a_waiting_flow_does_not_time_out(worker: Plane) -> None:
             assert tally(worker).parked == 2
             worker.open(1, backend.endpoint)
             assert {backend.hear(), backend.hear()} == {b"patient", b"other"}
-            worker.send(say.Close(1))
+            worker.send(say.Close(1, 7))
             worker.hear(say.Closed)
             sock.send(b"patient")
             worker.hear(say.Wake)
@@ -536,11 +536,11 @@ def test_cut_ends_the_flows_of_one_backend_only(worker: Plane) -> None:
         assert backend.hear() == b"1"
         safe.send(b"2")
         assert backend.hear() == b"2"
-        worker.send(say.Close(1))
+        worker.send(say.Close(1, 7))
         worker.hear(say.Closed)
         third.send(b"waits")
         has(worker, connections=1, parked=1)
-        worker.send(say.Cut(1, "limits"))
+        worker.send(say.Cut(1))
         has(worker, connections=0, parked=0, dropped=1)
         backend.answer(b"still")
         assert safe.recv(10) == b"still"
@@ -573,8 +573,8 @@ def test_a_successor_takes_the_socket_over(worker: Plane) -> None:
         sock.send(b"1")
         assert old.hear() == b"1"
         worker.send(say.Unlisten(101, accept_waiting=False), say.Forget(1))
-        worker.send(say.Serve(2, "two", 9, 9, 5.0, 0.0, 30.0, 16, 1 << 20))
-        worker.send(say.Listen(102, 2, ""), fds=[worker.listening[0].fileno()])
+        worker.send(say.Serve(2, "two", "", 9, 9, 5.0, 0.0, 30.0, 16, 1 << 20))
+        worker.send(say.Listen(102, 2, "", ""), fds=[worker.listening[0].fileno()])
         worker.open(2, new.endpoint)
         worker.count()
         sock.send(b"2")
@@ -582,7 +582,7 @@ def test_a_successor_takes_the_socket_over(worker: Plane) -> None:
         old.answer(b"late")
         assert {sock.recv(10), sock.recv(10)} == {b"2", b"late"}
         assert worker.count().keys() == {1, 2}
-        worker.send(say.Cut(1, "drained"))
+        worker.send(say.Cut(1))
         eventually(lambda: worker.count().keys() == {2})
         sock.send(b"3")
         assert new.echo() == b"3"
@@ -660,7 +660,7 @@ def test_a_socket_of_the_backend_before_proves_nothing(worker: Plane, tmp_path: 
             worker.open(1, endpoint)
             sock.send(b"1")
             assert backend.hear() == b"1"
-            worker.send(say.Close(1))
+            worker.send(say.Close(1, 7))
             worker.hear(say.Closed)
         with Datagrams(endpoint) as again:
             worker.open(1, endpoint)
@@ -681,7 +681,7 @@ def test_nothing_is_lost_to_a_backend_that_is_not_there_after_all(worker: Plane)
             worker.open(1, endpoint)
             sock.send(b"1")
             assert backend.hear() == b"1"
-            worker.send(say.Close(1))
+            worker.send(say.Close(1, 7))
             worker.hear(say.Closed)
         sock.send(b"2")
         waits(worker, 1)
@@ -883,7 +883,7 @@ with plane() as worker:
         with client(address, ("127.0.0.1", 5001)) as sock:
             sock.send(b"x")
             assert worker.hear(say.Refused).error == "Connection refused"
-        worker.send(say.Cut(1, "enough"))
+        worker.send(say.Cut(1))
         worker.count()
     with Datagrams("udp://127.0.0.1:40000") as backend, client(address, ("127.0.0.1", 5001)) as sock:
         worker.open(1, backend.endpoint)

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from backends.units import Duration
 from gateway import holds
+from gateway.config import Idle
 from gateway.holds import Holds
+from gateway.states import State
+from tests.test_activation import FREEZE, SLEEP, SOON, START, Make, let_time_pass, stages
+
+stage = pytest.fixture(stages)
 
 
 class Clock:
@@ -193,3 +199,55 @@ async def test_each_returns_only_when_it_is_on_the_disk(tmp_path: Path, clock: C
         return name in json.loads((tmp_path / "holds.json").read_bytes())
 
     assert all(await asyncio.gather(*(set_and_look(f"site{number}") for number in range(10))))
+
+
+# At work, in an activation
+
+
+async def test_a_hold_wakes_it_and_keeps_it_awake_until_it_is_released(stage: Make) -> None:
+    web = stage(SOON)
+    web.life.hold(None)
+    await web.reach(State.READY)
+    await let_time_pass(stage)
+    assert web.did == START
+    assert (web.life.last_wake, web.life.sleeps_at) == ("held by hand", float("inf"))
+    web.life.release()
+    await web.asked("arm")
+    assert web.did == [*START, *SLEEP]
+
+
+async def test_a_hold_ends_by_itself(stage: Make) -> None:
+    web = stage(Idle(after=Duration(0)))
+    begun = asyncio.get_running_loop().time()
+    web.life.hold(0.03)
+    await web.asked("arm")
+    assert web.did == [*START, *SLEEP] and web.at["close"] >= begun + 0.03
+
+
+async def test_a_later_hold_replaces_the_earlier_one(stage: Make) -> None:
+    web = stage(SOON)
+    web.life.hold(None)
+    await web.reach(State.READY)
+    web.life.hold(0.0)
+    await web.asked("arm")
+    assert web.did == [*START, *SLEEP]
+
+
+async def test_a_hold_thaws_what_is_frozen_and_keeps_it_awake(stage: Make) -> None:
+    web = stage(FREEZE)
+    await web.begin()
+    await web.reach(State.FROZEN)
+    web.life.hold(None)
+    await web.reach(State.READY)
+    await let_time_pass(stage)
+    assert web.did == ["close", "freeze", "arm", "thaw", "open"]
+
+
+async def test_a_release_does_not_cut_connections(stage: Make) -> None:
+    web = stage(SOON)
+    web.life.hold(None)
+    await web.reach(State.READY)
+    web.life.busy()
+    web.life.release()
+    await let_time_pass(stage)
+    assert web.did == START

@@ -17,7 +17,7 @@ from gateway.plane import link as say
 from gateway.plane.link import LARGEST, MOST_FDS, AnyMessage, Link, LinkClosed, Message
 
 EXAMPLES: list[Message] = [
-    say.Serve(1, "blog", 100, 50, 5.0, 0.0, 30.0, 16, 2**20),
+    say.Serve(1, "blog", 100, 50, 5.0, 0.0),
     say.Listen(7, 1, "http"),
     say.Unlisten(7, accept_waiting=True),
     say.Open(1, {"": "tcp://127.0.0.1:80", "db": "unix:/run/db é"}),
@@ -33,7 +33,7 @@ EXAMPLES: list[Message] = [
     say.Quiet(1, 12345.678901234),
     say.Closed(1, 3),
     say.Refused(1, "connection refused"),
-    say.Counted(5, [say.Tally(1, 2, 3, 4, 2**50, 6, 7, 8), say.Tally(2, 0, 0, 0, 0, 0, 0, 0)], more=True),
+    say.Counted(5, [say.Tally(1, 2, 3, 4, 2**50, 6, 7), say.Tally(2, 0, 0, 0, 0, 0, 0)], more=True),
     say.Limited(1, "limits.pending", 12, "10.0.0.1:1"),
     say.Trouble("no descriptors are left\nat all"),
 ]

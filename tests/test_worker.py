@@ -89,7 +89,7 @@ def test_close_answers_with_what_is_left(worker: Plane) -> None:
     with Upstream() as upstream:
         worker.open(1, upstream.endpoint)
         with connect(address) as client, upstream.accept() as server:
-            worker.send(say.Close(1))
+            worker.send(say.Close(1, 5))
             assert worker.hear(say.Closed).connections == 1
             with connect(address) as late:
                 worker.hear(say.Wake)
@@ -99,14 +99,14 @@ def test_close_answers_with_what_is_left(worker: Plane) -> None:
                     assert second.recv(100) == b"served all the same"
             client.sendall(b"and so is this")
             assert server.recv(100) == b"and so is this"
-        worker.send(say.Close(1))
+        worker.send(say.Close(1, 5))
 
 
 def test_reject_closes_the_parked_and_the_next_client_wakes_again(worker: Plane) -> None:
     address = worker.serve()
     with connect(address) as client:
         worker.hear(say.Wake)
-        worker.send(say.Reject(1, "it does not start"))
+        worker.send(say.Reject(1))
         assert client.recv(1) == b""
     with connect(address):
         worker.hear(say.Wake)
@@ -289,7 +289,7 @@ def test_cut_closes_everything_of_one_backend_only(worker: Plane) -> None:
         worker.open(1, upstream.endpoint)
         worker.open(2, upstream.endpoint)
         with connect(address) as client, upstream.accept(), connect(other) as safe, upstream.accept() as server:
-            worker.send(say.Cut(1, "limits"))
+            worker.send(say.Cut(1))
             assert client.recv(1) == b""
             safe.sendall(b"alive")
             assert server.recv(10) == b"alive"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from gateway.config import Limits, build
 from gateway.plane import link as say
 from gateway.workers import RelayGate, Workers
 from tests.plane import Upstream, connect
-from tests.running import PATIENCE, children
+from tests.running import PATIENCE, children, descriptors
 
 WEB: dict[str, Any] = {"command": "true", "listen": "unix:@listen", "endpoint": "unix:@endpoint"}
 CONFIG = build({"backends": {"web": WEB}}, Path("/"), "the test").backends["web"]
@@ -112,20 +113,22 @@ class Plane:
 @pytest.fixture
 async def plane() -> AsyncIterator[Plane]:
     plane = Plane()
-    for name in ("gateway", "asyncio"):
-        logging.getLogger(name).addHandler(plane.heard)
+    logging.getLogger("gateway").addHandler(plane.heard)
     await plane.workers.start()
     yield plane
     await plane.workers.stop()
-    for name in ("gateway", "asyncio"):
-        logging.getLogger(name).removeHandler(plane.heard)
+    logging.getLogger("gateway").removeHandler(plane.heard)
     for sock in plane.sockets:
         sock.close()
 
 
 async def accepted(upstream: Upstream) -> socket.socket:
     """The next connection of the backend, while the event loop goes on."""
-    return await asyncio.to_thread(upstream.accept)
+    upstream.socket.setblocking(False)
+    async with asyncio.timeout(PATIENCE):
+        sock, _ = await asyncio.get_running_loop().sock_accept(upstream.socket)
+    sock.settimeout(PATIENCE)
+    return sock
 
 
 async def at_once(waited: Awaitable[int]) -> int:
@@ -139,6 +142,8 @@ async def at_once(waited: Awaitable[int]) -> int:
 
 async def test_a_client_wakes_its_backend_by_its_address_and_is_served_when_the_gate_opens(plane: Plane) -> None:
     address = plane.serve()
+    loop = asyncio.get_running_loop()
+    started = loop.time()
     with Upstream() as upstream, connect(address) as client:
         client.sendall(b"question")
         assert await plane.heard.next("wake") == ("wake", 1, "{}:{}".format(*client.getsockname()))
@@ -148,9 +153,8 @@ async def test_a_client_wakes_its_backend_by_its_address_and_is_served_when_the_
             assert server.recv(100) == b"question"
             assert await plane.heard.next("busy") == ("busy", 1)
             assert plane.workers.is_busy(1) and not plane.workers.is_busy(2)
-    before = asyncio.get_running_loop().time()
     _, backend, since = await plane.heard.next("quiet")
-    assert backend == 1 and since <= before + 1
+    assert backend == 1 and started < since < loop.time()
     assert not plane.workers.is_busy(1)
     assert await plane.workers.count() == {1: say.Tally(1, 0, 0, 1, 8, 0, 0)}
 
@@ -170,7 +174,7 @@ async def test_close_answers_with_the_connections_that_are_left(plane: Plane) ->
         plane.workers.open(1, {"": upstream.endpoint})
         with connect(address), await accepted(upstream), connect(address), await accepted(upstream):
             assert await plane.workers.close(1) == 2
-            assert await asyncio.gather(plane.workers.close(1), plane.workers.close(1)) == [2, 2]
+            assert list(await asyncio.gather(plane.workers.close(1), plane.workers.close(1))) == [2, 2]
             with connect(address):
                 await plane.heard.next("wake")
                 plane.workers.open(1, {"": upstream.endpoint})
@@ -193,30 +197,38 @@ async def test_a_backend_that_is_cut_loses_its_connections_and_no_other_does(pla
     with Upstream() as upstream:
         for number in (1, 2):
             plane.workers.open(number, {"": upstream.endpoint})
-        with connect(address) as client, await accepted(upstream), connect(other) as safe, await accepted(upstream) as server:
+        with (
+            connect(address) as client,
+            await accepted(upstream),
+            connect(other) as safe,
+            await accepted(upstream) as server,
+        ):
             plane.workers.cut(1, "the test")
             assert client.recv(1) == b""
             server.sendall(b"alive")
             assert safe.recv(5) == b"alive"
 
 
-@pytest.mark.parametrize("accept_waiting", [True, False])
-async def test_clients_in_the_backlog_come_in_or_are_left_to_the_successor(plane: Plane, accept_waiting: bool) -> None:
+async def test_clients_in_the_backlog_come_in_before_a_listener_ends(plane: Plane) -> None:
     address = plane.serve()
     await plane.workers.count()
     plane.signal(signal.SIGSTOP)
-    with connect(address):
-        plane.workers.unlisten(plane.numbers[0], accept_waiting)
-        # The order is there before the worker looks for clients: the link became readable first.
+    with connect(address), connect(address):
+        plane.workers.unlisten(plane.numbers[0], accept_waiting=True)
         plane.signal(signal.SIGCONT)
-        if accept_waiting:
-            await plane.heard.next("wake")
-        await plane.workers.count()
-        with connect(address):
-            tallies = await plane.workers.count()
-            assert plane.workers.listening == {}
-            assert sum(tally.parked for tally in tallies.values()) <= 1
-            assert plane.sockets[0].accept()[0].close() is None  # whoever else has the socket gets the others
+        await plane.parked(2)
+
+
+async def test_clients_that_come_after_a_listener_ended_belong_to_whoever_else_has_the_socket(plane: Plane) -> None:
+    address = plane.serve()
+    plane.workers.unlisten(plane.numbers[0], accept_waiting=False)
+    assert await plane.workers.count() == {}
+    with connect(address) as client:
+        plane.sockets[0].settimeout(PATIENCE)
+        server, peer = plane.sockets[0].accept()
+        with server:
+            assert peer == client.getsockname()
+        assert await plane.workers.count() == {}
 
 
 async def test_a_forgotten_backend_is_kept_until_its_last_connection_ends(plane: Plane) -> None:
@@ -230,7 +242,7 @@ async def test_a_forgotten_backend_is_kept_until_its_last_connection_ends(plane:
             assert server.recv(100) == b"still here"
             assert (await plane.workers.count())[1].connections == 1
         await plane.until(lambda tallies: not tallies)
-        assert plane.workers.served == plane.workers.opened == {}
+        assert not plane.workers.served and not plane.workers.opened
 
 
 async def test_limits_can_be_changed_and_are_reported_by_their_names(plane: Plane) -> None:
@@ -243,6 +255,7 @@ async def test_limits_can_be_changed_and_are_reported_by_their_names(plane: Plan
                 source = "{}:{}".format(*second.getsockname())
             assert await plane.heard.next("limited") == ("limited", 1, "limits.connections", 1, source)
             plane.configure(1, connections=2)
+            await plane.workers.count()
             with connect(address), await accepted(upstream):
                 assert (await plane.workers.count())[1].refused == 1
 
@@ -273,22 +286,6 @@ async def test_the_gate_of_an_activation_stands_in_the_workers(plane: Plane) -> 
         gate.open({"": upstream.endpoint})
         with connect(address), await accepted(upstream):
             assert await gate.close() == 1
-
-
-@pytest.mark.slow
-async def test_more_than_fit_in_one_message(plane: Plane) -> None:
-    """1001 backends: their descriptors and their counters need several."""
-    sock = bind(parse("tcp://127.0.0.1:0"))
-    plane.sockets.append(sock)
-    for number in range(1, 1002):
-        plane.configure(number)
-    # One socket many times over: whoever accepts a client does so for one of the backends.
-    plane.workers.listen(1, [("web", sock)] * 1001)
-    addresses = [plane.serve(number, pending=1) for number in range(1, 1002)]
-    clients = [connect(address) for address in addresses]
-    await plane.until(lambda tallies: sum(tally.parked for tally in tallies.values()) == 1001)
-    for client in clients:
-        client.close()
 
 
 # A worker that dies
@@ -349,33 +346,235 @@ async def test_close_of_a_worker_that_dies_meanwhile_answers_that_nothing_is_lef
             plane.signal(signal.SIGKILL)
             assert await at_once(closing) == 0
             assert await counting == {}
-
-
-@pytest.mark.xfail(raises=TimeoutError, reason="a question that is asked while there is no worker is never answered")
-async def test_close_while_there_is_no_worker_answers_at_once_that_nothing_is_left(plane: Plane) -> None:
-    """Its last connection died with the worker, so the backend with `idle: 0s` sleeps in this very moment."""
-    plane.serve()
-    worker = plane.workers._workers[0]
-    plane.signal(signal.SIGKILL)
-    await worker.gone.wait()
-    assert await at_once(plane.workers.close(1)) == 0
-    await plane.heard.line("another takes its place")
-    assert await at_once(plane.workers.close(1)) == 0
+            with connect(address):
+                await plane.heard.next("wake")
 
 
 @pytest.mark.slow
-async def test_one_that_keeps_dying_is_not_replaced_at_once(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RESPAWN_GAP", 0.4)
-    loop = asyncio.get_running_loop()
+async def test_a_thousand_backends_are_told_and_counted_in_several_messages(plane: Plane) -> None:
+    addresses = [plane.serve(number) for number in range(1, 1002)]
+    plane.signal(signal.SIGKILL)
+    clients = [connect(address) for address in addresses]
+    assert {(await plane.heard.next("wake"))[1] for _ in clients} == set(range(1, 1002))
+    assert sum(tally.parked for tally in (await plane.workers.count()).values()) == 1001
+    for client in clients:
+        client.close()
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="a question that is asked while there is no worker is never answered")
+async def test_close_while_there_is_no_worker_answers_that_nothing_is_left(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `idle: 0s`, a backend whose last connection died with the worker goes to sleep in this very moment."""
     address = plane.serve()
-    deaths = []
-    for _ in range(3):
-        with connect(address):
-            await plane.heard.next("wake")
-            plane.signal(signal.SIGKILL)
-            deaths.append(loop.time())
-            await plane.heard.line("another takes its place")
+    plane.signal(signal.SIGKILL)
+    await plane.workers._workers[0].gone.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "ANSWER_DEADLINE", 0.05)
+        left = await plane.workers.close(1)
     with connect(address):
         await plane.heard.next("wake")
-    assert deaths[1] - deaths[0] < 0.4  # the first successor came at once
-    assert loop.time() - deaths[0] >= 2 * 0.4
+        assert left == 0
+        assert await plane.workers.close(1) == 0
+
+
+@pytest.mark.slow
+async def test_the_first_successor_comes_at_once_and_the_others_not(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    address = plane.serve()
+    started = loop.time()
+    for gap in (2 * PATIENCE, 0.3, 0.3):
+        monkeypatch.setattr(module, "RESPAWN_GAP", gap)
+        plane.signal(signal.SIGKILL)
+        with connect(address):
+            await plane.heard.next("wake")
+    assert loop.time() - started >= 2 * 0.3
+
+
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+async def test_a_worker_that_cannot_be_started_is_tried_again(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESPAWN_GAP", 0.01)
+    monkeypatch.setattr(logging.getLogger("gateway"), "propagate", False)  # pytest would keep the errors, see below
+    address = plane.serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", "/nonexistent/python")
+        plane.signal(signal.SIGKILL)
+        for _ in range(2):
+            await plane.heard.line("worker 0 cannot be started: [Errno 2] No such file or directory")
+    with connect(address):
+        await plane.heard.next("wake")
+    gc.collect()
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the socket of a worker that cannot be started is left open")
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+async def test_a_worker_that_cannot_be_started_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    workers = Workers(Heard())
+    gc.collect()
+    before = descriptors(os.getpid())
+    with pytest.raises(FileNotFoundError) as caught:
+        await workers.start()
+    assert workers.pids == []
+    left = descriptors(os.getpid()) - before
+    del caught  # the traceback knew the socket
+    gc.collect()
+    assert not left
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the socket of a worker whose start is cancelled is left open")
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+async def test_a_start_that_is_cancelled_leaves_nothing_open() -> None:
+    """The gateway ends while a worker is being replaced."""
+    workers = Workers(Heard())
+    gc.collect()
+    before = descriptors(os.getpid())
+    starting = asyncio.create_task(workers.start())
+    await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await starting
+    left = descriptors(os.getpid()) - before
+    del caught, starting
+    gc.collect()
+    assert not left
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the reader goes on with a link that is closed already")
+async def test_a_worker_of_another_version_is_replaced(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The files on the disk were upgraded: the successor is a newer program than the control plane."""
+    monkeypatch.setattr(module, "RESPAWN_GAP", 0.01)
+    address = plane.serve()
+    with monkeypatch.context() as patch:
+        patch.setattr(say, "VERSION", say.VERSION + 1)
+        plane.signal(signal.SIGKILL)
+        await plane.heard.line("worker 0 speaks version 1, not 2")
+        await plane.heard.line("another takes its place")
+    with connect(address):
+        await plane.heard.next("wake")
+    assert "Exception in callback" not in caplog.text
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="500 gates with long endpoints exceed link.LARGEST")
+async def test_many_open_gates_with_long_endpoints_are_told_to_a_successor(plane: Plane) -> None:
+    address = plane.serve(500)
+    endpoints = {f"listener{number}": parse("unix:/" + "x" * 100) for number in range(3)}
+    for number in range(500):
+        plane.configure(number)
+        plane.workers.open(number, endpoints)
+    with Upstream() as upstream:
+        plane.workers.open(500, {"": upstream.endpoint})
+        plane.signal(signal.SIGKILL)
+        await plane.heard.line("another takes its place")
+        with connect(address):
+            relayed = asyncio.create_task(accepted(upstream))
+            died_again = asyncio.create_task(plane.heard.line("another takes its place"))
+            done, left = await asyncio.wait({relayed, died_again}, return_when=asyncio.FIRST_COMPLETED)
+            for task in left:
+                task.cancel()
+            assert done == {relayed}
+            relayed.result().close()
+
+
+# A worker that is stuck
+
+
+@pytest.mark.slow
+async def test_a_stuck_worker_holds_nobody_up(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = plane.serve()
+    with Upstream() as upstream:
+        plane.workers.open(1, {"": upstream.endpoint})
+        with connect(address), await accepted(upstream):
+            plane.signal(signal.SIGSTOP)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "ANSWER_DEADLINE", 0.05)
+                assert await plane.workers.close(1) == 1  # not known, so it counts as used
+                await plane.heard.line("worker 0 does not answer")
+                assert await plane.workers.count() == {}
+            plane.signal(signal.SIGCONT)
+            assert (await plane.workers.count())[1].connections == 1
+        await plane.heard.next("quiet")
+        assert await plane.workers.close(1) == 0
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="a late answer is taken for that to the next question")
+async def test_a_late_answer_is_not_taken_for_that_to_the_next_question(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate was opened again in between: it must be closed now, whatever the answer says."""
+    address = plane.serve()
+    with Upstream() as upstream:
+        plane.workers.open(1, {"": upstream.endpoint})
+        await plane.workers.count()
+        plane.signal(signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "ANSWER_DEADLINE", 0.05)
+            assert await plane.workers.close(1) == 1
+        plane.workers.open(1, {"": upstream.endpoint})
+        closing = asyncio.create_task(plane.workers.close(1))
+        await asyncio.sleep(0)
+        plane.signal(signal.SIGCONT)
+        assert await closing == 0
+        with connect(address):
+            assert (await plane.heard.next("wake", "busy"))[0] == "wake"
+
+
+async def test_orders_to_a_stuck_worker_are_kept_until_it_goes_on(plane: Plane) -> None:
+    address = plane.serve()
+    plane.signal(signal.SIGSTOP)
+    for number in range(2, 2000):
+        plane.configure(number)
+    other = plane.serve(2000)
+    link = plane.workers._workers[0].link
+    assert link is not None and link.pending
+    plane.signal(signal.SIGCONT)
+    with connect(address), connect(other):
+        assert {(await plane.heard.next("wake"))[1] for _ in range(2)} == {1, 2000}
+    assert not link.pending
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the number of a queued descriptor may belong to another file by then")
+async def test_a_listener_that_ended_while_its_socket_was_queued_does_no_harm(plane: Plane) -> None:
+    address = plane.serve()
+    plane.signal(signal.SIGSTOP)
+    for number in range(2, 2000):
+        plane.configure(number)
+    plane.serve(2000)
+    plane.workers.unlisten(plane.numbers[1], accept_waiting=True)
+    plane.sockets[1].close()
+    plane.signal(signal.SIGCONT)
+    with connect(address):
+        await plane.heard.next("wake")
+        assert await plane.workers.close(1) == 0
+    assert not [item for item in plane.heard.items if item[0] == "log"]
+
+
+async def test_a_stuck_worker_is_killed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER_DEADLINE", 0.05)
+    workers = Workers(Heard())
+    await workers.start()
+    os.kill(workers.pids[0], signal.SIGSTOP)
+    await workers.stop()
+    assert workers.pids == []
+
+
+# The end
+
+
+async def test_stop_closes_what_is_left_and_is_idempotent(plane: Plane) -> None:
+    address = plane.serve()
+    with Upstream() as upstream:
+        plane.workers.open(1, {"": upstream.endpoint})
+        pid = plane.pid
+        with connect(address) as client, await accepted(upstream) as server:
+            await plane.workers.stop()
+            await plane.workers.stop()
+            assert client.recv(1) == server.recv(1) == b""
+    assert pid not in children(os.getpid())
+    assert plane.workers.pids == []
+    assert await plane.workers.close(1) == 0
+    assert await plane.workers.count() == {}

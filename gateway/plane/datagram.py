@@ -21,6 +21,7 @@ from typing import Any
 
 from gateway.plane.flow import BATCH, BURST, FLAGS, IP_PKTINFO, SIZE, Flow, buffer, view
 from gateway.plane.gate import Gate
+from gateway.plane.link import Held, Listen
 from gateway.plane.loop import Loop, Timer
 
 PAUSE, LONG_PAUSE = 0.02, 0.1
@@ -41,15 +42,16 @@ class DatagramListener:
     """One datagram socket of this worker and its flows. Owns its descriptor; the flows answer through it."""
 
     __slots__ = (
-        "_answers", "_credit", "_pause", "_sweep_timer", "_take", "closed", "flows", "gate", "loop", "name", "sock", "waiting",
-        "wildcard",
+        "_answers", "_credit", "_pause", "_sweep_timer", "_take", "closed", "flows", "gate", "held", "loop", "name", "sock",
+        "waiting", "wildcard",
     )  # fmt: skip
 
-    def __init__(self, loop: Loop, sock: socket.socket, gate: Gate, name: str) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, gate: Gate, order: Listen) -> None:
         self.loop = loop
         self.sock = sock
         self.gate = gate
-        self.name = name
+        self.name = order.name
+        self.held = Held(order.listener, order.backend, order.name, order.address)
         self.closed = False
         self.flows: dict[Any, Flow] = {}
         self.waiting: dict[Flow, None] = {}
@@ -123,6 +125,11 @@ class DatagramListener:
             self.loop.add(self.sock.fileno(), self, select.EPOLLIN)
 
     # What was kept is delivered
+
+    @property
+    def last(self) -> Flow | None:
+        """The flow that began to wait last."""
+        return next(reversed(self.waiting), None)
 
     def release(self) -> None:
         """The gate has opened."""

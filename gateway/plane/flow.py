@@ -355,6 +355,7 @@ class Flow:
         self._disconnect()
         if self._listener.flows.pop(self._origin, None) is not None:
             self._listener.flow_ended()
+            self._listener.gate.emptied()
 
     def abort(self) -> None:
         """The loop met an unexpected error here."""

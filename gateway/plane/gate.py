@@ -14,7 +14,7 @@ from collections.abc import Callable
 from socket import SocketType as Socket
 from typing import Any, Protocol
 
-from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Tally, Wake
+from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Serving, Tally, Wake
 from gateway.plane.loop import Loop
 from gateway.plane.relay import End, cut
 
@@ -35,6 +35,10 @@ class Waiting(Protocol):
 
 class Door(Protocol):
     """A datagram socket, with the flows of its clients."""
+
+    @property
+    def last(self) -> Waiting | None:
+        """The flow that began to wait last."""
 
     def release(self) -> None:
         """The gate has opened: deliver what waits."""
@@ -70,12 +74,13 @@ class Client:
         # Only HUP and ERR come here (see park): both directions are gone. A client that merely ended its sending waits
         # for an answer and is served.
         if mask & (select.EPOLLHUP | select.EPOLLERR):
-            self.gate.parked.pop(self.fd, None)
-            self.gate.loop.discard(self.sock)
+            self.abort()
 
     def abort(self) -> None:
-        self.gate.parked.pop(self.fd, None)
-        self.gate.loop.discard(self.sock)
+        gate = self.gate
+        gate.parked.pop(self.fd, None)
+        gate.loop.discard(self.sock)
+        gate.emptied()
 
     @property
     def source(self) -> str:
@@ -96,8 +101,8 @@ class Gate:
 
     __slots__ = (
         "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "doors", "dropped",
-        "endpoints", "forgotten", "kept", "limits", "loop", "parked", "quiet_since", "received", "refused", "sent", "settling",
-        "tell", "total", "waiting",
+        "endpoints", "forgotten", "kept", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent",
+        "settling", "tell", "total", "waiting",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
@@ -106,6 +111,7 @@ class Gate:
         self.tell = tell
         self.settling = settling
         self.endpoints: dict[str, Any] | None = None
+        self.opened: dict[str, str] = {}
         self.parked: dict[int, Client] = {}
         self.doors: tuple[Door, ...] = ()
         """the datagram sockets before it"""
@@ -135,7 +141,7 @@ class Gate:
     @property
     def full(self) -> bool:
         """Whether no more may wait."""
-        return len(self.parked) + self.waiting >= self.limits.pending
+        return self.awaited >= self.limits.pending
 
     def park(self, client: Client) -> None:
         """Keep the client unread until the gate opens; the first one wakes the backend."""
@@ -182,9 +188,10 @@ class Gate:
 
     # Orders
 
-    def open(self, endpoints: dict[str, Any]) -> None:
-        """Open it; the caller connects the clients that are parked."""
+    def open(self, endpoints: dict[str, Any], opened: dict[str, str]) -> None:
+        """Open it; the caller connects the clients that are parked. `opened`: the endpoints as they were ordered."""
         self.endpoints = endpoints
+        self.opened = opened
         self._woke = False
         for door in self.doors:
             door.release()
@@ -204,6 +211,7 @@ class Gate:
             self.loop.discard(client.sock)
         for door in self.doors:
             door.reject()
+        self.emptied()
 
     def cut(self) -> None:
         """Close everything that is parked or relayed here."""
@@ -226,14 +234,17 @@ class Gate:
         if self.connections == 1:
             self.settling.discard(self)
             if not self._told_busy:
-                self._told_busy = True
-                self.tell(Busy(self.number))
+                self.tell_busy()
             if self.limits.idle_timeout:
                 self._arm_sweep()
 
     def leave(self) -> None:
         """A connection is over, or was never made."""
         self.connections -= 1
+        self.emptied()
+
+    def emptied(self) -> None:
+        """Somebody is gone; perhaps it was the last one."""
         if not self.connections:
             self.quiet_since = self.loop.now()
             self.settling.add(self)
@@ -246,6 +257,10 @@ class Gate:
             self._idle.pop(end, None)
         self.leave()
 
+    def tell_busy(self) -> None:
+        self._told_busy = True
+        self.tell(Busy(self.number))
+
     def say_quiet(self) -> None:
         """Nobody came back for a while."""
         if self._told_busy:
@@ -255,14 +270,34 @@ class Gate:
     @property
     def used(self) -> bool:
         """Whether there is anything to count."""
-        return bool(self.total or self.parked or self.waiting or self.refused or self.dropped)
+        return bool(self.total or self.awaited or self.refused or self.dropped)
+
+    @property
+    def awaited(self) -> int:
+        """Clients and flows that wait."""
+        return len(self.parked) + self.waiting
+
+    def serving(self) -> Serving:
+        """What there is of it, for the next control plane."""
+        opened = None if self.endpoints is None else self.opened
+        return Serving(self.number, self.limits.name, self.limits.digest, opened)
+
+    def tell_again(self) -> None:
+        """What a control plane is told when it happens, to one that was not there then."""
+        self._told_busy = False
+        if self.connections:
+            self.tell_busy()
+        self._woke = False
+        last = [next(reversed(self.parked.values()), None), *(door.last for door in self.doors)]
+        for waiting in filter(None, last):
+            self.wake(waiting)
 
     def tally(self) -> Tally:
         live = self.live() if self.connections else []
         received = self.received + sum(end.moved for end in live)
         sent = self.sent + sum(end.peer_moved for end in live)
         return Tally(
-            self.number, self.connections, len(self.parked) + self.waiting, self.total, received, sent, self.refused,
+            self.number, self.connections, self.awaited, self.total, received, sent, self.refused,
             self.dropped,
         )  # fmt: skip
 

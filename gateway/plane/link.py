@@ -4,22 +4,29 @@ Both sides use this file: the control plane (`gateway.workers`) says what is ser
 (`gateway.plane.worker`) says who waits and what is in use. A datagram of the SEQPACKET socket is one msgpack array of
 messages; descriptors travel beside it by SCM_RIGHTS, one for each `Listen` in it, in order. Nothing here waits: what the
 socket does not take is queued, and the owner calls `flush` when it is writable.
+
+A worker outlives its control plane. The next one connects to it (`gateway.plane.rendezvous`), hears Hello, and asks by Tell
+for everything that it needs to go on. One of another VERSION understands only Hello, Retire, Held and Retired, which never
+change: it takes the listening sockets and leaves the worker to finish what it has.
 """
 
 from __future__ import annotations
 
 import array
+import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-VERSION = 1
-"""Changes with every change of a message. A worker that speaks another version gets no orders."""
+VERSION = 2
+"""Changes with every change of a message. A worker that speaks another version is told to retire and nothing else."""
 
-LARGEST = 128 << 10  # bytes in a datagram; the default send buffer of Linux takes 208 KiB
+LARGEST = 128 << 10  # bytes in a datagram, but for its frame; the default send buffer of Linux takes 208 KiB
+MOST_MESSAGES = 1000  # in a datagram: taking them must not hold up the connections
+FRAME = 16
 MOST_FDS = 250  # in a datagram; the kernel takes 253 (SCM_MAX_FD)
 
 
@@ -35,6 +42,8 @@ class Serve(Message, frozen=True):
 
     backend: int
     name: str
+    digest: str
+    """what the configuration says of it, in short: another control plane can see whether it means the same"""
     connections: int
     pending: int
     connect_timeout: float
@@ -48,12 +57,17 @@ class Serve(Message, frozen=True):
 
 
 class Listen(Message, frozen=True):
-    """Serve the socket that comes along, for this backend: accept on it, or relay its datagrams."""
+    """Serve the socket that comes along, for this backend: accept on it, or relay its datagrams.
+
+    Nothing happens for a number that is known.
+    """
 
     listener: int
     backend: int
     name: str
     """the listener's own name: which of the backend's endpoints is meant"""
+    address: str
+    """as it is configured, for Held"""
 
 
 class Unlisten(Message, frozen=True):
@@ -75,20 +89,19 @@ class Close(Message, frozen=True):
     """Park new clients from now on; answer with Closed."""
 
     backend: int
+    serial: int
 
 
 class Reject(Message, frozen=True):
     """The backend could not be started: close the clients that are parked. The gate stays closed."""
 
     backend: int
-    reason: str
 
 
 class Cut(Message, frozen=True):
     """Close every connection and parked client of the backend now."""
 
     backend: int
-    reason: str
 
 
 class Forget(Message, frozen=True):
@@ -103,6 +116,20 @@ class Count(Message, frozen=True):
     serial: int
 
 
+class Tell(Message, frozen=True):
+    """Answer with Serving for each backend, Held for each listening socket, and Told."""
+
+
+class Retire(Message, frozen=True):
+    """Stop accepting, end with the last connection, or after so many seconds. Never changes.
+
+    With `sockets`: answer with Held for each listening socket, and Retired.
+    """
+
+    drain: float
+    sockets: bool
+
+
 class Quit(Message, frozen=True):
     """End now."""
 
@@ -111,7 +138,7 @@ class Quit(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """The first message on a link."""
+    """The first message on a link, alone in its datagram. Never changes."""
 
     version: int
     pid: int
@@ -139,9 +166,9 @@ class Quiet(Message, frozen=True):
 
 
 class Closed(Message, frozen=True):
-    """The gate is closed and so many connections are left."""
+    """The gate is closed and so many connections are left; if there are some, Busy came before."""
 
-    backend: int
+    serial: int
     connections: int
 
 
@@ -150,6 +177,33 @@ class Refused(Message, frozen=True):
 
     backend: int
     error: str
+
+
+class Serving(Message, frozen=True):
+    """What there is of a backend here, in answer to Tell; see Serve and Open. Busy and Wake follow where they apply."""
+
+    backend: int
+    name: str
+    digest: str
+    endpoints: dict[str, str] | None
+    """None: its gate is closed"""
+
+
+class Held(Message, frozen=True):
+    """A listening socket, which comes along; see Listen. Never changes."""
+
+    listener: int
+    backend: int
+    name: str
+    address: str
+
+
+class Told(Message, frozen=True):
+    """The end of the answer to Tell."""
+
+
+class Retired(Message, frozen=True):
+    """It does not accept any more, and all its sockets have been sent. Never changes."""
 
 
 class Tally(msgspec.Struct, frozen=True, array_like=True):
@@ -171,7 +225,10 @@ class Tally(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Counted(Message, frozen=True):
-    """Counters of the backends that were ever used; the last message of an answer has `more` False."""
+    """Counters of the backends that were ever used; the last message of an answer has `more` False.
+
+    Unasked, with serial 0: the last counters of a worker that ends.
+    """
 
     serial: int
     tallies: list[Tally]
@@ -196,8 +253,8 @@ class Trouble(Message, frozen=True):
 
 
 AnyMessage = (
-    Serve | Listen | Unlisten | Open | Close | Reject | Cut | Forget | Count | Quit
-    | Hello | Wake | Busy | Quiet | Closed | Refused | Counted | Limited | Trouble
+    Serve | Listen | Unlisten | Open | Close | Reject | Cut | Forget | Count | Tell | Retire | Quit
+    | Hello | Wake | Busy | Quiet | Closed | Refused | Counted | Limited | Trouble | Serving | Held | Told | Retired
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
@@ -205,7 +262,11 @@ _decoder = msgspec.msgpack.Decoder(list[AnyMessage])
 
 
 class LinkClosed(Exception):
-    """The other side is gone."""
+    """The other side is gone, or might as well be."""
+
+
+class NotUnderstood(LinkClosed):
+    """A datagram is no message of this version; the next one may be."""
 
 
 class Link:
@@ -214,7 +275,7 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.socket = sock
-        self._queue: deque[tuple[bytes, Sequence[int]]] = deque()
+        self._queue: deque[tuple[bytes, list[int]]] = deque()
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -225,25 +286,45 @@ class Link:
         return bool(self._queue)
 
     def send(self, *messages: Message, fds: Sequence[int] = ()) -> None:
-        """Send messages in one datagram, or queue them. The descriptors must stay open until `pending` is False.
+        """Send messages in one datagram, or queue them with copies of the descriptors. Raises LinkClosed."""
+        self._post(_encoder.encode(messages), fds)
+
+    def _post(self, data: bytes, fds: Sequence[int]) -> None:
+        if self._queue or not self._sent(data, fds):
+            self._queue.append((data, [os.dup(fd) for fd in fds]))
+
+    def send_all(self, messages: Iterable[Message], fds: Sequence[int] = ()) -> None:
+        """Send any number of messages in as few datagrams as will do; `fds` is empty, or has one for each message.
 
         Raises LinkClosed.
         """
-        self._queue.append((_encoder.encode(messages), fds))
-        self.flush()
+        batch: list[bytes] = []
+        size = sent = 0
+        for data in map(_encoder.encode, messages):
+            if batch and (size + len(data) > LARGEST or len(batch) == (MOST_FDS if fds else MOST_MESSAGES)):
+                self._post(_array(batch), fds[sent : sent + len(batch)])
+                sent += len(batch)
+                size = 0
+                batch.clear()
+            batch.append(data)
+            size += len(data)
+        if batch:
+            self._post(_array(batch), fds[sent : sent + len(batch)])
 
     def flush(self) -> None:
         """Send what is queued, as far as the socket takes it. Raises LinkClosed."""
-        while self._queue:
-            data, fds = self._queue[0]
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            try:
-                self.socket.sendmsg([data], rights)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise LinkClosed(str(error)) from error
-            self._queue.popleft()
+        while self._queue and self._sent(*self._queue[0]):
+            _close_all(self._queue.popleft()[1])
+
+    def _sent(self, data: bytes, fds: Sequence[int]) -> bool:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            self.socket.sendmsg([data], rights)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise LinkClosed(str(error)) from error
+        return True
 
     def receive(self) -> tuple[list[Any], list[int]] | None:
         """The messages of one datagram and its descriptors, which the caller owns; None when there is none now.
@@ -252,7 +333,7 @@ class Link:
         """
         try:
             data, rights, flags, _ = self.socket.recvmsg(
-                LARGEST, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                LARGEST + FRAME, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
         except BlockingIOError:
             return None
@@ -262,14 +343,30 @@ class Link:
         for level, kind, body in rights:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(body[: len(body) - len(body) % fds.itemsize])
-        if not data:
-            raise LinkClosed("end of file")
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise LinkClosed("a message was cut off")
         try:
+            if not data:
+                raise LinkClosed("end of file")
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise LinkClosed("a message was cut off")
             return _decoder.decode(data), list(fds)
         except msgspec.MsgspecError as error:
-            raise LinkClosed(f"a message was not understood: {error}") from error
+            _close_all(fds)
+            raise NotUnderstood(f"a message was not understood: {error}") from error
+        except LinkClosed:
+            _close_all(fds)
+            raise
 
     def close(self) -> None:
         self.socket.close()
+        while self._queue:
+            _close_all(self._queue.popleft()[1])
+
+
+def _array(encoded: Sequence[bytes]) -> bytes:
+    """A msgpack array of values that are encoded already: array 32 of the msgpack specification."""
+    return b"\xdd" + len(encoded).to_bytes(4, "big") + b"".join(encoded)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        os.close(fd)

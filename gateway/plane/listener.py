@@ -14,6 +14,7 @@ from socket import SocketType as Socket
 
 from gateway.plane.dial import CAPACITY_ERRORS
 from gateway.plane.gate import Client, Gate
+from gateway.plane.link import Held, Listen
 from gateway.plane.loop import Loop
 
 BATCH = 64  # measured: below 8 new connections get slower, above 64 nothing is gained
@@ -26,21 +27,22 @@ ABORTED = (ConnectionAbortedError, InterruptedError, PermissionError, TimeoutErr
 class Listener:
     """One listening socket of this worker. Owns its descriptor."""
 
-    __slots__ = ("_accept", "_family", "admit", "closed", "gate", "loop", "name", "sock", "trouble")
+    __slots__ = ("_accept", "_family", "admit", "closed", "gate", "held", "loop", "name", "sock", "trouble")
 
     def __init__(
         self,
         loop: Loop,
         sock: socket.socket,
         gate: Gate,
-        name: str,
+        order: Listen,
         admit: Callable[[Client], None],
         trouble: Callable[[str], None],
     ) -> None:
         self.loop = loop
         self.sock = sock
         self.gate = gate
-        self.name = name
+        self.name = order.name
+        self.held = Held(order.listener, order.backend, order.name, order.address)
         self.admit = admit
         self.trouble = trouble
         self.closed = False

@@ -7,7 +7,8 @@ Clients that send datagrams are served beside, by `gateway.plane.datagram`, befo
 
 Counterpart: `gateway.workers` in the control plane starts this process and gives the orders, over the link. A worker knows
 of each backend only whether its gate is open, and where it is dialled. It starts nothing and decides nothing about
-sleep. A warm connection never talks to the control plane.
+sleep. A warm connection never talks to the control plane; without one, open gates stay open and clients of closed ones
+wait, until the next control plane comes (`gateway.plane.rendezvous`) or patience ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from socket import SocketType as Socket
 from typing import Any, ClassVar
 
@@ -30,8 +32,9 @@ from gateway.plane.dial import TRIES, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener
-from gateway.plane.loop import Loop
+from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import join
+from gateway.plane.rendezvous import Rendezvous
 
 MOST_DIALS = 64
 """Connects under way to one backend. Where more are needed it does not keep up: the others stay parked, and cost nothing."""
@@ -40,14 +43,22 @@ TALLIES_IN_A_MESSAGE = 1000
 
 
 class Worker:
-    def __init__(self, sock: socket.socket) -> None:
+    """`orphan_time`: seconds that it goes on without a control plane. It is found in the folder `directory` then."""
+
+    def __init__(self, sock: socket.socket, directory: str, orphan_time: float) -> None:
         self.loop = Loop()
         self.loop.on_error = self.broken
-        self.link = Link(sock)
+        self.link: Link | None = None
+        self.directory = directory
+        self.orphan_time = orphan_time
+        self.patience: Timer | None = None
+        self.retiring = False
         self.gates: dict[int, Gate] = {}
         self.listeners: dict[int, Listener | DatagramListener] = {}
         self.settling = Settling(self.loop, self.settled)
         self.letting_in = False
+        self.rendezvous: Rendezvous | None = None
+        self.linked(sock)
 
     # A connection
 
@@ -115,11 +126,15 @@ class Worker:
             gate.limits = order
 
     def listen(self, order: say.Listen, fds: list[int]) -> None:
-        sock, gate = socket.socket(fileno=fds.pop(0)), self.gates[order.backend]
+        sock = socket.socket(fileno=fds.pop(0))
+        if order.listener in self.listeners:
+            sock.close()
+            return
+        gate = self.gates[order.backend]
         if sock.type == socket.SOCK_DGRAM:
-            self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order.name)
+            self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order)
         else:
-            self.listeners[order.listener] = Listener(self.loop, sock, gate, order.name, self.admit, self.trouble)
+            self.listeners[order.listener] = Listener(self.loop, sock, gate, order, self.admit, self.trouble)
 
     def unlisten(self, order: say.Unlisten, fds: list[int]) -> None:
         listener = self.listeners.pop(order.listener, None)
@@ -127,23 +142,29 @@ class Worker:
             listener.close(order.accept_waiting)
 
     def open(self, order: say.Open, fds: list[int]) -> None:
-        gate = self.gates[order.backend]
+        gate = self.gates.get(order.backend)
+        if gate is None:  # it came when this worker was retiring already
+            return
         try:
             endpoints = {name: target(parse(address)) for name, address in order.endpoints.items()}
         except (AddressError, ValueError) as error:
             self.trouble(f"{gate.limits.name}: {error}")
             gate.reject()
             return
-        gate.open(endpoints)
+        gate.open(endpoints, order.endpoints)
         self.let_in(gate)
 
     def close(self, order: say.Close, fds: list[int]) -> None:
-        gate = self.gates[order.backend]
-        gate.close()
-        self.tell(say.Closed(gate.number, gate.connections))
+        gate = self.gates.get(order.backend)
+        if gate is not None:
+            gate.close()
+            if gate.connections:
+                gate.tell_busy()
+        self.tell(say.Closed(order.serial, gate.connections if gate else 0))
 
     def reject(self, order: say.Reject, fds: list[int]) -> None:
-        self.gates[order.backend].reject()
+        if gate := self.gates.get(order.backend):
+            gate.reject()
 
     def cut(self, order: say.Cut, fds: list[int]) -> None:
         if gate := self.gates.get(order.backend):
@@ -161,6 +182,40 @@ class Worker:
             del tallies[:TALLIES_IN_A_MESSAGE]
         self.tell(say.Counted(order.serial, tallies))
 
+    def tell_all(self, order: say.Tell, fds: list[int]) -> None:
+        """For a control plane that did not see how all this began."""
+        gates = list(self.gates.values())
+        self.send_all(gate.serving() for gate in gates)
+        self.tell_held()
+        self.tell(say.Told())
+        for gate in gates:
+            gate.tell_again()
+
+    def tell_held(self) -> None:
+        listeners = list(self.listeners.values())
+        self.send_all((listener.held for listener in listeners), [listener.sock.fileno() for listener in listeners])
+
+    def retire(self, order: say.Retire, fds: list[int]) -> None:
+        """Somebody else accepts from now on."""
+        self.retiring = True
+        if order.sockets:
+            self.tell_held()
+        for listener in self.listeners.values():
+            listener.close(accept_waiting=False)
+        self.listeners.clear()
+        self.tell(say.Retired())
+        self.loop.later(order.drain, self.end)
+        self.end_if_done()
+
+    def end_if_done(self) -> None:
+        if self.retiring and not any(gate.connections or gate.awaited for gate in self.gates.values()):
+            self.end()
+
+    def end(self) -> None:
+        """The last word are the counters: what was served must not be lost with the worker."""
+        self.count(say.Count(0), [])
+        self.loop.stop()
+
     def quit(self, order: say.Quit, fds: list[int]) -> None:
         self.loop.stop()
 
@@ -174,6 +229,8 @@ class Worker:
         say.Cut: cut,
         say.Forget: forget,
         say.Count: count,
+        say.Tell: tell_all,
+        say.Retire: retire,
         say.Quit: quit,
     }
 
@@ -182,6 +239,7 @@ class Worker:
     def settled(self, gate: Gate) -> None:
         gate.say_quiet()
         self.drop_forgotten(gate)
+        self.end_if_done()
 
     def drop_forgotten(self, gate: Gate) -> None:
         if gate.forgotten and not gate.connections:
@@ -189,15 +247,50 @@ class Worker:
             self.settling.discard(gate)
             self.gates.pop(gate.number, None)
 
-    # The process
+    # The link
+
+    def linked(self, sock: socket.socket) -> None:
+        """There is a control plane."""
+        if self.patience is not None:
+            self.patience.cancel()
+        self.link = Link(sock)
+        self.loop.add(self.link.fileno(), self, select.EPOLLIN)
+        self.tell(say.Hello(say.VERSION, os.getpid()))
+
+    def met(self, sock: socket.socket) -> None:
+        """Somebody came to the rendezvous."""
+        if self.link is not None:
+            self.event(0)  # the end of the old link may be in the same batch of events
+        if self.link is None:
+            self.linked(sock)
+        else:
+            sock.close()
+
+    def orphaned(self) -> None:
+        """The control plane is gone without a word."""
+        assert self.link is not None
+        self.loop.remove(self.link.fileno())
+        self.link.close()
+        self.link = None
+        if self.rendezvous is None:
+            self.loop.stop()
+        elif not self.retiring:
+            self.patience = self.loop.later(self.orphan_time, self.loop.stop)
 
     def tell(self, message: say.Message) -> None:
-        """Say something to the control plane; it is sent when the socket takes it, this never waits."""
-        try:
-            self.link.send(message)
-        except LinkClosed:
-            self.loop.stop()
+        """Say something to the control plane; it is sent when the socket takes it, this never waits.
+
+        Without one it is not said: the next one asks for everything.
+        """
+        self.send_all((message,))
+
+    def send_all(self, messages: Iterable[say.Message], fds: Sequence[int] = ()) -> None:
+        if self.link is None:
             return
+        try:
+            self.link.send_all(messages, fds)
+        except LinkClosed:
+            return  # the reader sees it, too, and takes what is still there to be read
         if self.link.pending:
             self.loop.modify(self.link.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
@@ -211,33 +304,41 @@ class Worker:
     def event(self, mask: int) -> None:
         """The link is readable or writable."""
         try:
-            if mask & select.EPOLLOUT:
+            if mask & select.EPOLLOUT and self.link is not None:
                 self.link.flush()
                 if not self.link.pending:
                     self.loop.modify(self.link.fileno(), select.EPOLLIN)
-            while (datagram := self.link.receive()) is not None:
+            while self.link is not None and (datagram := self.link.receive()) is not None:
                 messages, fds = datagram
                 for message in messages:
                     self.ORDERS[type(message)](self, message, fds)
         except LinkClosed:
-            self.loop.stop()
+            self.orphaned()
+
+    # The process
 
     def run(self) -> None:
-        """Work until the control plane says Quit or is gone."""
-        self.loop.add(self.link.fileno(), self, select.EPOLLIN)
-        self.tell(say.Hello(say.VERSION, os.getpid()))
+        """Work until the control plane says Quit, or is gone for too long."""
+        try:
+            self.rendezvous = Rendezvous(self.loop, self.directory, self.met)
+        except OSError as error:
+            self.trouble(f"nobody could take it over: {self.directory}: {error.strerror}")
         self.loop.run()
+        if self.rendezvous is not None:
+            self.rendezvous.close()
         self.loop.close()
-        self.link.close()
+        if self.link is not None:
+            self.link.close()
 
 
 def main() -> None:
-    """The process: `python -m gateway.plane FD`, with its link at that descriptor."""
+    """The process: `python -m gateway.plane FD DIRECTORY ORPHAN_TIME`, with its link at that descriptor."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the control plane ends it, also when a terminal signals the whole group
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    worker = Worker(socket.socket(fileno=int(sys.argv[1])))
+    fd, directory, orphan_time = sys.argv[1:]
+    worker = Worker(socket.socket(fileno=int(fd)), directory, float(orphan_time))
     gc.collect()
     gc.freeze()
     worker.run()
