@@ -54,7 +54,8 @@ class Service:
     """
 
     __slots__ = (
-        "_gate", "_numbers", "activation", "backend", "config", "environment", "given", "instances", "listens_after", "number", "sockets",
+        "_gate", "_numbers", "activation", "backend", "config", "environment", "given", "instances", "listens_after",
+        "number", "sockets",
     )  # fmt: skip
 
     def __init__(

@@ -117,8 +117,6 @@ class Workers:
 
     async def find(self, replace: bool) -> None:
         """Take over the workers of a former control plane; with `replace`, they only finish what they have."""
-        with contextlib.suppress(OSError):
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for found in await adoption.find(self.directory, self.options.drain, self._hear):
             self.adopted.add(found)
             if found.worker.foreign or replace or len(self._places) >= self.size:
@@ -170,8 +168,8 @@ class Workers:
         await asyncio.gather(*(worker.end() for worker in self._all))
         self._places.clear()
         self._leaving.clear()
-        with contextlib.suppress(OSError):
-            self.directory.rmdir()
+        with contextlib.suppress(OSError):  # not empty: a worker could not be taken over
+            await asyncio.to_thread(self.directory.rmdir)
 
     def _launch(self, number: int) -> Worker:
         return Worker.start(number, str(self.directory), self.options.orphan_time, self._hear)
