@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import subprocess
@@ -69,6 +70,8 @@ class Plane:
     def _receive(self) -> None:
         while (datagram := self.link.receive()) is not None:
             self.heard += datagram[0]
+            for fd in datagram[1]:
+                os.close(fd)
 
     def count(self) -> dict[int, say.Tally]:
         self.send(say.Count(1))

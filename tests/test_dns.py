@@ -123,11 +123,12 @@ def test_dig_is_answered_on_an_inherited_socket(tmp_path: Path, listen: str, bou
 # Very many clients
 
 
-@pytest.mark.parametrize("each", [1, 3])
-def test_a_thousand_clients_at_once_on_a_sleeping_backend_lose_nothing(tmp_path: Path, each: int) -> None:
+@pytest.mark.parametrize(("each", "workers"), [(1, 1), (3, 1), (3, 2)])
+def test_a_thousand_clients_at_once_on_a_sleeping_backend_lose_nothing(tmp_path: Path, each: int, workers: int) -> None:
     """Done when 2: all that they sent is answered, in the order in which each of them sent it, by one start."""
     web = backend("--after", 0.5)
-    with gateway(tmp_path, {"backends": {"web": web}}) as running, clients(web["listen"], 1000) as socks:
+    document = {"gateway": {"workers": workers}, "backends": {"web": web}}
+    with gateway(tmp_path, document) as running, clients(web["listen"], 1000) as socks:
         assert (
             running.status("web")["state"] == "stopped"
         )  # the worker is there; before, the kernel has room for some 500

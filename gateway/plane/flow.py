@@ -28,9 +28,9 @@ SIZE = 64 << 10
 BATCH = 64
 """Datagrams that one socket may move before the others have their turn."""
 
-BURST = 64
+BURST = 32
 """What was kept is delivered so much at a time (a datagram counts 1, and 1 more for each KiB), then the backend has to answer
-or time to pass: nothing pushes back, and its socket has room for 208 KiB, of which a small datagram takes 768 bytes."""
+or time to pass: nothing pushes back, and by default its socket has room for 256 small datagrams, of all workers."""
 
 FLAGS = socket.MSG_DONTWAIT | socket.MSG_TRUNC  # TRUNC: the answer is the true size
 DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
