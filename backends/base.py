@@ -217,6 +217,9 @@ class Backend(ABC):
     capabilities: Capability = Capability.NONE
     """Of the driver, or of one backend where its options decide."""
 
+    stop_slack: float = 30.0
+    """Seconds that `stop` may take beyond its grace before it is given up."""
+
     trouble: str = ""
     """The error of the last readiness probe, for the message that it did not become ready in time."""
 

@@ -1,6 +1,6 @@
 """The life of one backend: asleep, started by the first client, ready, asleep again.
 
-Rule: everything that changes a state is in this file; what `TRANSITIONS` does not list is an error. Counterparts: a `Gate`
+Rule: everything that changes a state is in this file; which changes there are is in `gateway.states`. Counterparts: a `Gate`
 (gateway.workers, gateway.handover) brings the clients and is told when to let them through; a `Backend` is started and
 stopped; `gateway.idle` says when it is quiet enough; `gateway.server` owns all activations.
 
@@ -10,7 +10,6 @@ A sleeping backend has no task and no timer. An awake one has one task, `_live`,
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,58 +20,12 @@ from backends.units import Duration
 from gateway.backoff import Backoff
 from gateway.config import BackendConfig, Then
 from gateway.idle import Signals, Verdict, judge
+from gateway.states import Event, State, transition
 from gateway.upgrade import KeptLife
 
 log = logging.getLogger(__name__)
 
-STOP_SLACK = 30.0
-"""Seconds beyond `stop_grace` after which a driver's stop is given up."""
-
-
-class State(enum.Enum):
-    STOPPED = "stopped"
-    STARTING = "starting"
-    READY = "ready"
-    FROZEN = "frozen"
-    STOPPING = "stopping"
-
-
-class Event(enum.Enum):
-    WAKE = "wake"
-    STARTED = "started"
-    START_FAILED = "start failed"
-    FREEZE = "quiet: freeze"
-    SLEEP = "quiet: stop"
-    SLEPT = "slept"
-    DIED = "died"
-    REFUSED = "refused"
-
-
-TRANSITIONS: dict[tuple[State, Event], State] = {
-    (State.STOPPED, Event.WAKE): State.STARTING,
-    (State.STARTING, Event.STARTED): State.READY,
-    (State.STARTING, Event.START_FAILED): State.STOPPED,
-    (State.READY, Event.REFUSED): State.STARTING,
-    (State.READY, Event.FREEZE): State.FROZEN,
-    (State.READY, Event.SLEEP): State.STOPPING,
-    (State.READY, Event.DIED): State.STOPPED,
-    (State.FROZEN, Event.WAKE): State.READY,
-    (State.FROZEN, Event.SLEEP): State.STOPPING,
-    (State.FROZEN, Event.DIED): State.STOPPED,
-    (State.STOPPING, Event.SLEPT): State.STOPPED,
-}
-
-
-class IllegalTransition(Exception):
-    """A bug: this event must not happen in this state. Nothing was changed."""
-
-
-def transition(state: State, event: Event) -> State:
-    """The next state. Raises IllegalTransition for what the table does not list."""
-    try:
-        return TRANSITIONS[state, event]
-    except KeyError:
-        raise IllegalTransition(f"{event.value!r} in state {state.value!r}") from None
+BY_HAND = "held by hand"
 
 
 class Gate(Protocol):
@@ -95,7 +48,10 @@ class Gate(Protocol):
 
 
 class Activation:
-    """One backend's state machine. All methods belong to the event loop's thread; only `stop` waits."""
+    """One backend's state machine. All methods belong to the event loop's thread; only `stop`, `close` and `adopt` wait.
+
+    `after`: the drain of a backend that this one replaces; it starts nothing before that is done.
+    """
 
     def __init__(
         self,
@@ -103,6 +59,7 @@ class Activation:
         backend: Backend,
         gate: Gate,
         changed: Callable[[], None] = lambda: None,
+        after: asyncio.Task[None] | None = None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -128,26 +85,36 @@ class Activation:
         self._bringing_up: asyncio.Task[Mapping[str, Endpoint]] | None = None
         self._poke: asyncio.Future[None] | None = None
         self._retry: asyncio.TimerHandle | None = None
-        self._wanted = False
+        self._patience: asyncio.Timeout | None = None
+        self._after = after
+        self._wanted = ""
+        """who waits, and will not be let in by what is going on now"""
         self._refused = ""
         self._ordered_stop = ""
-        self._retired = False
+        self._retired = self._hurried = self._closed = False
 
     # What happens to it; cheap, at any moment
 
     def wake(self, source: str) -> None:
         """Somebody waits for it."""
-        self._wanted = True
+        if self._closed:
+            return
+        self._wanted = self._wanted or source
         if self._life is not None:
             self._poked()
         elif self._retry is None:
-            self.last_wake = source
             delay = self.backoff.until - self._loop.time()
             if delay > 0:
                 self._retry = self._loop.call_later(delay, self._begin)
                 log.info("waits %s before the next start", Duration(delay), extra=self._who)
             else:
                 self._begin()
+
+    def wake_now(self, source: str) -> None:
+        """Somebody wants it by hand: failures of the past do not count."""
+        self._stop_waiting()
+        self.backoff.until = 0.0
+        self.wake(source)
 
     def busy(self) -> None:
         """It has connections."""
@@ -167,7 +134,7 @@ class Activation:
     def hold(self, seconds: float | None) -> None:
         """Wake it and keep it awake for so long, None: until released."""
         self.held_until = float("inf") if seconds is None else self._loop.time() + seconds
-        self.wake("held by hand")
+        self.wake_now(BY_HAND)
 
     def release(self) -> None:
         self.held_until = None
@@ -185,11 +152,11 @@ class Activation:
 
     async def stop(self, why: str) -> None:
         """Stop it now, whoever uses it, and whatever it is doing; return when it is gone. The next client wakes it again."""
-        if self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
-        self._wanted = False
+        self._stop_waiting()
         if self._life is None:
+            if self._wanted:
+                self._send_away(why)
+                self.gate.arm()
             return
         self._ordered_stop = why
         if self._bringing_up is not None:
@@ -197,16 +164,29 @@ class Activation:
         self._poked()
         await asyncio.shield(self._life)
 
+    async def close(self, why: str) -> None:
+        """Stop it for good: nobody wakes it any more."""
+        self._closed = True
+        await self.stop(why)
+
+    def hurry(self) -> None:
+        """Whatever stop comes or goes on is without grace."""
+        self._hurried = True
+        if self._patience is not None:
+            self._patience.reschedule(self._loop.time())
+
     async def adopt(self, endpoints: Mapping[str, Endpoint] | None = None) -> None:
-        """At boot: take over what is already running.
+        """Take over what is already running.
 
         `endpoints`: its gate is open with these, because a former control plane saw it answer there. What does not run
         any more gets its gate closed.
         """
         status = Status.STOPPED
+        if self._after is not None:
+            await asyncio.wait({self._after})
         try:
             status = await self.backend.status()
-        except BackendError as error:
+        except (BackendError, OSError) as error:
             log.warning("its status is unknown: %s", error, extra=self._who)
         if not self.asleep:
             return
@@ -266,27 +246,43 @@ class Activation:
 
     def _begin(self) -> None:
         self._retry = None
+        self._ordered_stop = self._refused = ""
+        self.last_wake, self._wanted = self._wanted or self.last_wake, ""
         self._life = self._loop.create_task(self._live(), name=f"life of {self.config.name}")
 
     async def _live(self) -> None:
         """From STOPPED to STOPPED. Never raises: what is unexpected is logged, and the backend is stopped."""
-        self._ordered_stop = self._refused = ""
-        self._wanted = False
         try:
-            await self._lead()
+            if await self._may_begin():
+                await self._lead()
         except Exception:
             log.exception("unexpected error", extra=self._who)
+            await self.gate.close()
             await self._make_stopped()
+            self.last_error = "internal error"
             self.backoff.failed(self._loop.time())
-            self.gate.reject("internal error")
+            self._send_away(self.last_error)
             self.state, self.since = State.STOPPED, self._loop.time()
         finally:
             self._life = None
             self._changed()
-        if self._wanted:
-            self.wake(self.last_wake)  # a client came while it was stopping
+        if self._closed:
+            self._send_away(self._ordered_stop)
+        elif self._wanted:
+            self.wake(self._wanted)  # a client came while it was stopping
+        elif (self.held_until or 0.0) > self._loop.time() and not (self._ordered_stop or self._retired):
+            self.wake(BY_HAND)  # it died
         else:
             self.gate.arm()
+
+    async def _may_begin(self) -> bool:
+        """Wait for the end of the one before. False: it was ordered to stop meanwhile."""
+        while self._after is not None and not self._after.done() and not self._ordered_stop:
+            await self._something(self._after, None)
+        self._after = None
+        if self._ordered_stop:
+            self._send_away(self._ordered_stop)
+        return not self._ordered_stop
 
     async def _lead(self) -> None:
         if self.state is State.STOPPING:  # resumed there
@@ -310,14 +306,16 @@ class Activation:
         why = ""
         self._bringing_up = self._loop.create_task(self._start_and_wait(), name=f"start of {self.config.name}")
         try:
-            async with asyncio.timeout(self.config.start_timeout):
+            async with asyncio.timeout(self.config.start_timeout) as timeout:
                 self.endpoints = await self._bringing_up
-        except TimeoutError:
+        except TimeoutError as error:
             why = f"start_timeout: not ready after {self.config.start_timeout}{self._trouble()}"
+            if not timeout.expired():
+                why = str(error) or "the driver timed out"
         except asyncio.CancelledError:
-            if not self._ordered_stop:
+            if (task := asyncio.current_task()) and task.cancelling():
                 raise
-            why = self._ordered_stop
+            why = self._ordered_stop or "the driver gave up"
         except (BackendError, OSError) as error:
             why = str(error)
         finally:
@@ -328,8 +326,10 @@ class Activation:
             await self._give_up(why)
             return False
         self.last_error = ""
-        self.awake_since = self.quiet_since = self._loop.time()
-        self._wanted = False
+        self.awake_since = self._loop.time()
+        if self.quiet_since is not None:  # else it has connections from before it refused one
+            self.quiet_since = self.awake_since
+        self._wanted = self._refused = ""
         self._to(Event.STARTED)
         self.gate.open(self.endpoints)
         log.info(
@@ -361,16 +361,15 @@ class Activation:
             self.backoff.failed(self._loop.time())
             delay = Duration(max(0.0, self.backoff.until - self._loop.time()))
             log.error("start failed: %s; next try in %s at the earliest", why, delay, extra=self._who)
-        self._wanted = False
-        self.gate.reject(why)
+        self._send_away(why)
         self._to(Event.START_FAILED)
 
     async def _serve(self, death: asyncio.Task[Exit]) -> bool:
         """From READY until it sleeps or is dead (False), or has to be brought up again (True)."""
         while True:
             event = await (self._stay_frozen(death) if self.state is State.FROZEN else self._attend(death))
-            if event is Event.FREEZE:
-                await self._freeze()
+            if event is Event.FREEZE and not await self._freeze():
+                event = Event.SLEEP
             if event is Event.DIED:
                 await self._bury(death.result())
                 return False
@@ -391,13 +390,17 @@ class Activation:
                 return Event.SLEEP
             if self._refused:
                 return Event.REFUSED
+            self._wanted = ""  # the gate is open: who waited is let in
             verdict = self._judge()
             if not verdict.sleep:
                 await self._something(death, verdict.at)
                 continue
-            self._wanted = False
-            left = await self.gate.close()
-            if not left and not self._ordered_stop and not death.done():
+            unused = await self._is_unused()
+            if death.done():
+                break
+            if self._ordered_stop:
+                return Event.SLEEP
+            if unused:
                 return Event.FREEZE if self.config.idle.then is Then.FREEZE else Event.SLEEP
             # Somebody came in between: open it again, nobody noticed.
             self.gate.open(self.endpoints)
@@ -405,31 +408,65 @@ class Activation:
                 self.quiet_since = self._loop.time()
         return Event.DIED
 
-    async def _freeze(self) -> None:
-        await self.backend.freeze()
+    async def _is_unused(self) -> bool:
+        """Close the gate, and see if nobody is left behind it or came before it meanwhile.
+
+        A backend that accepts by itself is frozen for that, if it can be: nobody comes in after the count.
+        """
+        left = await self.gate.close()
+        if not left and self.gate.sockets and Capability.FREEZE in self.backend.capabilities:
+            try:
+                await self.backend.freeze()
+                left = await self.gate.close()
+                if left or self._wanted:
+                    await self.backend.thaw()
+            except (BackendError, OSError) as error:
+                log.warning("could not be frozen to count its connections: %s", error, extra=self._who)
+        return not left and not self._wanted
+
+    async def _freeze(self) -> bool:
+        """READY to FROZEN; False, and still READY, if that cannot be."""
+        try:
+            async with asyncio.timeout(self._longest_stop):
+                await self.backend.freeze()
+        except (TimeoutError, BackendError, OSError) as error:
+            log.error("could not be frozen: %s", error or "timed out", extra=self._who)
+            return False
         self._to(Event.FREEZE)
         log.info("frozen: %s", self._judge().why, extra=self._who)
+        return True
 
     async def _stay_frozen(self, death: asyncio.Task[Exit]) -> Event:
         """In FROZEN until something ends that: WAKE (it is READY again), SLEEP or DIED."""
         self.gate.arm()
-        after = self.config.idle.stop_after
-        deadline = None if after is None else self._loop.time() + after
-        while not self._wanted and not death.done():
-            overdue = deadline is not None and self._loop.time() >= deadline
-            if overdue or self._ordered_stop or self._retired:
+        while not death.done():
+            after = self.config.idle.stop_after
+            deadline = None if after is None else self.since + after
+            if self._ordered_stop:
+                return Event.SLEEP
+            if self._wanted:
+                return await self._thaw()
+            if self._retired or (deadline is not None and self._loop.time() >= deadline):
                 return Event.SLEEP
             await self._something(death, deadline)
-        if death.done():
-            return Event.DIED
+        return Event.DIED
+
+    async def _thaw(self) -> Event:
+        """FROZEN to READY; SLEEP if that cannot be: it is started anew for those who wait."""
         begun = self._loop.time()
-        await self.backend.thaw()
+        try:
+            async with asyncio.timeout(self.config.start_timeout):
+                await self.backend.thaw()
+        except (TimeoutError, BackendError, OSError) as error:
+            log.error("could not be thawed: %s", error or "timed out", extra=self._who)
+            return Event.SLEEP
         self.wakes += 1
-        self._wanted = False
+        self.last_wake, self._wanted = self._wanted, ""
         self.quiet_since = self._loop.time()
         self._to(Event.WAKE)
         self.gate.open(self.endpoints)
-        log.info("awake: thawed in %s", Duration(self._loop.time() - begun), extra=self._who)
+        took = Duration(self._loop.time() - begun)
+        log.info("awake: woken by %s; thawed in %s", self.last_wake, took, extra=self._who)
         return Event.WAKE
 
     async def _sleep(self) -> None:
@@ -463,16 +500,41 @@ class Activation:
 
     async def _make_stopped(self) -> None:
         """Stop it, in whatever state it is."""
-        deadline = self.config.stop_grace + STOP_SLACK
+        grace = 0.0 if self._hurried else float(self.config.stop_grace)
         try:
-            async with asyncio.timeout(deadline):
-                await self.backend.stop(self.config.stop_grace)
+            async with asyncio.timeout(grace + self.backend.stop_slack) as self._patience:
+                await self.backend.stop(grace)
         except TimeoutError:
-            log.error("stop_grace: it is not gone after %s; left alone", Duration(deadline), extra=self._who)
+            if self._hurried and grace:
+                await self._make_stopped()
+            else:
+                log.error(
+                    "stop_grace: it is not gone after %s; left alone", Duration(self._longest_stop), extra=self._who
+                )
         except (BackendError, OSError) as error:
             log.error("could not be stopped: %s", error, extra=self._who)
+        except Exception:
+            log.exception("unexpected error while it is stopped", extra=self._who)
+        finally:
+            self._patience = None
 
     # Small parts
+
+    @property
+    def _longest_stop(self) -> float:
+        """Seconds after which a driver's stop is given up."""
+        return self.config.stop_grace + self.backend.stop_slack
+
+    def _stop_waiting(self) -> None:
+        """Back-off is over."""
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _send_away(self, why: str) -> None:
+        """Nobody is let in: who waits is told so."""
+        self._wanted = ""
+        self.gate.reject(why)
 
     def _to(self, event: Event) -> None:
         self.state = transition(self.state, event)
@@ -494,10 +556,10 @@ class Activation:
         if self._poke is not None and not self._poke.done():
             self._poke.set_result(None)
 
-    async def _something(self, death: asyncio.Task[Exit], deadline: float | None) -> None:
-        """Wait for its death, for a poke, or until the deadline (loop time)."""
+    async def _something(self, other: asyncio.Task[Any], deadline: float | None) -> None:
+        """Wait for another task, for a poke, or until the deadline (loop time)."""
         self._poke = self._loop.create_future()
         timeout = None if deadline is None or deadline == float("inf") else max(0.0, deadline - self._loop.time())
-        waiting: set[asyncio.Future[Any]] = {death, self._poke}
+        waiting: set[asyncio.Future[Any]] = {other, self._poke}
         await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         self._poke = None

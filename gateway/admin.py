@@ -27,13 +27,22 @@ from aiohttp import web
 
 from backends.command import CommandFailed
 from backends.endpoint import Unix
-from gateway.activation import State
 from gateway.config import ConfigError, Listener
 from gateway.listeners import ListenError, Listening
+from gateway.states import State
 from gateway.status import StateChange
 
 if TYPE_CHECKING:
     from gateway.server import Server
+
+
+class UnknownBackend(LookupError):
+    """There is no backend of this name."""
+
+
+class Stopping(Exception):
+    """The gateway takes no such order any more."""
+
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +66,11 @@ class Admin:
         except ListenError as error:
             raise ListenError(f"the admin socket: {error}") from error
         self._runner = web.AppRunner(
-            application(self.server), access_log=None, handle_signals=False, shutdown_timeout=1.0
+            application(self.server),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=1.0,
+            handler_cancellation=True,
         )
         await self._runner.setup()
         await web.SockSite(self._runner, self._listening.socket).start()
@@ -100,10 +113,12 @@ async def _errors(
         return await handler(request)
     except web.HTTPException as error:
         return _json({"error": error.reason}, error.status)
-    except LookupError as error:
+    except UnknownBackend as error:
         return _json({"error": f"there is no backend {error.args[0]!r}"}, 404)
     except (ConfigError, ListenError) as error:
         return _json({"error": str(error)}, 422)
+    except Stopping as error:
+        return _json({"error": str(error)}, 409)
     except ValueError as error:
         return _json({"error": str(error)}, 400)
 
@@ -150,7 +165,7 @@ class Api:
 
     async def start(self, request: web.Request) -> web.Response:
         life = self._service(request).lives()
-        life.wake("started by hand")
+        life.wake_now("started by hand")
         await self.server.until(lambda: life.state is State.READY or life.asleep)
         if life.state is not State.READY:
             return _json({"error": life.last_error or "it was stopped again"}, 502)

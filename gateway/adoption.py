@@ -36,13 +36,19 @@ class Found:
 
 
 async def find(directory: Path, drain: float, hear: Callable[[Worker, Any], None]) -> list[Found]:
-    """All workers that wait in the directory, at once. Files behind which nobody waits are removed.
+    """All workers that wait in the directory, at once. It is made; files behind which nobody waits are removed.
 
     `drain`: seconds that a worker of another version gets for its connections.
     """
-    paths = sorted(directory.glob("*.sock"))
+    paths = await asyncio.to_thread(_look, directory)
     answers = await asyncio.gather(*(_meet(path, number, drain, hear) for number, path in enumerate(paths)))
     return [found for found in answers if found is not None]
+
+
+def _look(directory: Path) -> list[Path]:
+    with contextlib.suppress(OSError):  # then no worker can be found there, which each of them says
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return sorted(directory.glob("*.sock"))
 
 
 async def _meet(path: Path, number: int, drain: float, hear: Callable[[Worker, Any], None]) -> Found | None:
@@ -76,7 +82,7 @@ async def _greet(path: Path) -> tuple[Link, say.Hello] | None:
             (hello, *_), _ = await _next(link)
         except (ConnectionRefusedError, FileNotFoundError):
             link.close()
-            path.unlink(missing_ok=True)
+            await asyncio.to_thread(path.unlink, missing_ok=True)
             return None
         except LinkClosed:
             link.close()

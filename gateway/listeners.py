@@ -6,6 +6,7 @@ manager passed in is used instead of binding its address again, whether it is na
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -13,7 +14,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Local, Tcp, bind_several, of_socket, set_rights
+from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Local, bind_several, of_socket, set_rights
 from gateway.config import Listener
 from gateway.upgrade import Estate, KeptSocket
 
@@ -136,7 +137,8 @@ class Listeners:
             sock.close()
         endpoint = listening.listener.endpoint
         if isinstance(endpoint, Local) and listening.file is not None and _file(endpoint) == listening.file:
-            os.unlink(endpoint.path)
+            with contextlib.suppress(OSError):
+                os.unlink(endpoint.path)
 
     def close_inherited(self) -> None:
         for _, sock in self._inherited.values():
@@ -145,7 +147,7 @@ class Listeners:
     @property
     def unused(self) -> list[str]:
         """Inherited sockets that no listener took, for a warning."""
-        return [f"fd://{self._inherited[fd][0]} ({of_socket(self._inherited[fd][1])})" for fd in sorted(self._free)]
+        return [f"fd://{self._inherited[fd][0]} ({_address(self._inherited[fd][1])})" for fd in sorted(self._free)]
 
     def _find_inherited(self, endpoint: Endpoint) -> int | None:
         for fd in sorted(self._free):
@@ -153,20 +155,28 @@ class Listeners:
             if isinstance(endpoint, Inherited):
                 if endpoint.name in (name, str(fd)):
                     return fd
-            elif _same(of_socket(sock), endpoint):
+            elif _same(_address(sock), endpoint):
                 log.info("%s is inherited from the service manager", endpoint)
                 return fd
         return None
 
     def _take(self, listener: Listener, fd: int) -> Listening:
-        self._free.discard(fd)
         sock = self._inherited[fd][1]
         sock.setblocking(False)
         if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if sock.type == socket.SOCK_STREAM and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise ListenError(f"{listener.endpoint}: the inherited socket does not listen")
+        self._free.discard(fd)
         return Listening(listener, [sock], True)
+
+
+def _address(sock: socket.socket) -> Endpoint | None:
+    """None: of a kind that is not known here."""
+    try:
+        return of_socket(sock)
+    except AddressError:
+        return None
 
 
 def key(listener: Listener, owner: str = "") -> str:
@@ -176,10 +186,10 @@ def key(listener: Listener, owner: str = "") -> str:
     return f"{endpoint}{own}"
 
 
-def _same(bound: Endpoint, wanted: Endpoint) -> bool:
+def _same(bound: Endpoint | None, wanted: Endpoint) -> bool:
     if type(bound) is not type(wanted):
         return False
-    if isinstance(wanted, Tcp) and isinstance(bound, Tcp):
+    if isinstance(wanted, Inet) and isinstance(bound, Inet):
         everywhere = ("*", "::")
         same_host = bound.host == wanted.host or (bound.host in everywhere and wanted.host in everywhere)
         return same_host and bound.port == wanted.port
@@ -200,9 +210,11 @@ def _file(endpoint: object) -> tuple[int, int] | None:
 
 def _explain(error: OSError, endpoint: Endpoint) -> str:
     """What went wrong, and what helps."""
+    if error.errno == errno.EADDRINUSE and isinstance(endpoint, Local) and not endpoint.abstract:
+        return "the file is there already, and is no socket, or another program listens behind it"
     if error.errno == errno.EADDRINUSE:
-        return "the address is in use by another program"
-    if error.errno == errno.EACCES and isinstance(endpoint, Tcp) and endpoint.port < 1024:
+        return "the address is in use, by another program or by another listener here"
+    if error.errno == errno.EACCES and isinstance(endpoint, Inet) and endpoint.port < 1024:
         return "no right to listen on a port below 1024; run it as root, with CAP_NET_BIND_SERVICE, or by socket activation"
     if error.errno == errno.EADDRNOTAVAIL:
         return "this machine has no such address"

@@ -26,7 +26,7 @@ from typing import Any
 from backends.base import Shared
 from backends.command import CommandFailed, run
 from gateway import __version__, upgrade
-from gateway.admin import Admin
+from gateway.admin import Admin, Stopping, UnknownBackend
 from gateway.config import BackendConfig, Config, Delivery
 from gateway.holds import Holds
 from gateway.listeners import Listeners, Listening, key
@@ -42,10 +42,6 @@ TRIAL_DEADLINE = 60.0
 """Seconds for the version on the disk to show that it would start."""
 
 
-class UnknownBackend(LookupError):
-    """There is no backend of this name."""
-
-
 class Server:
     """`read` loads the configuration anew, for a reload; it is called in a thread."""
 
@@ -55,6 +51,8 @@ class Server:
         self.services: dict[str, Service] = {}
         self.numbers: dict[int, Service] = {}
         """every service that still lives, also those that are being drained"""
+        self.drains: dict[Service, asyncio.Task[None]] = {}
+        """those that are not configured any more, or differently"""
         self.awake: set[int] = set()
         self.loop = asyncio.get_running_loop()
         self.started = self.loop.time()
@@ -85,7 +83,8 @@ class Server:
         self.loop.add_signal_handler(signal.SIGUSR2, self._on_upgrade_signal)
         upgrade.signals_are_handled()
         try:
-            await self._begin()
+            async with self._reloading:
+                await self._begin()
             await self._signalled.wait()
             await self._drain()
         finally:
@@ -141,7 +140,7 @@ class Server:
         for service in self.numbers.values():
             service.unlisten()
             service.retire()
-        impatient = self.loop.create_task(self._second_signal(), name="second signal")
+        impatient = self.loop.create_task(self.until(lambda: self._signals > 1), name="second signal")
         quiet = self.loop.create_task(self.until(lambda: all(s.asleep for s in self.numbers.values())), name="drain")
         _, left = await asyncio.wait({impatient, quiet}, timeout=drain, return_when=asyncio.FIRST_COMPLETED)
         if quiet in left:
@@ -154,6 +153,7 @@ class Server:
     async def _end(self) -> None:
         """Stop whatever still runs; nothing is left. Comes here also when the start failed half-way."""
         self.stopping = True
+        self._tell_news()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -189,20 +189,21 @@ class Server:
             raise
         return result
 
-    def _add(
-        self, config: BackendConfig, sockets: list[Listening], predecessor: asyncio.Task[None] | None = None
-    ) -> None:
+    def _add(self, config: BackendConfig, sockets: list[Listening]) -> None:
         known = self.workers.adopted.gate(config)
         if known is None:
             self._next_number += 1
         number = self._next_number if known is None else known.backend
-        service = Service(number, config, sockets, self.environment, predecessor)
+        before = [old for old in self.drains if old.stands_in_the_way(config, sockets)]
+        after = self.spawn(_all_of([self.drains[old] for old in before]), f"wait of {config.name}") if before else None
+        accepts = any(old.config.delivery is Delivery.PASS for old in before)
+        service = Service(number, config, sockets, self.environment, after, accepts)
         self.services[config.name] = self.numbers[number] = service
         service.listen()
         kept = self.estate.left.services.pop(config.name, None)
         if kept is not None and kept.digest == config.digest:
             service.take_over(kept, self.estate)
-        elif predecessor is None:
+        else:
             self.spawn(service.adopt(known.endpoints if known else None), f"adoption of {service.name}")
         if self.workers.is_busy(number):
             self.busy(number)
@@ -212,6 +213,8 @@ class Server:
         OSError, and nothing has changed. `answered` is awaited when it is sure to try.
         """
         async with self._reloading:
+            if self._signals:
+                raise Stopping("the gateway is stopping")
             environment = {upgrade.VARIABLE: upgrade.TRIAL}
             await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env=environment)
             await answered()
@@ -229,9 +232,11 @@ class Server:
     async def reload(self) -> str:
         """Read the configuration again and bring about what it says; one line about what was done.
 
-        Raises ConfigError or ListenError, and then nothing has changed.
+        Raises ConfigError, ListenError or Stopping, and then nothing has changed.
         """
         async with self._reloading:
+            if self._signals:
+                raise Stopping("the gateway is stopping")
             self.notifier.reloading()
             try:
                 config = await asyncio.to_thread(self.read)
@@ -251,15 +256,20 @@ class Server:
             for listening, listener in zip(sockets[config_.name], config_.listeners, strict=True):
                 self.listeners.take_on(listening, listener)
         moved = {id(listening) for listenings in sockets.values() for listening in listenings}
-        drains = {}
+        held_until = {name: self.services[name].held_until for name in replaced}
         for name in replaced:
             service = self.services.pop(name)
+            self.drains[service] = self.spawn(self._drain_service(service), f"drain of {name}")
             service.unlisten(keep=moved)
-            drains[name] = self.spawn(self._drain_service(service), f"drain of {name}")
         for name in adjusted:
             self.services[name].adjust(new[name])
         for added in fresh:
-            self._add(added, sockets[added.name], drains.get(added.name))
+            self._add(added, sockets[added.name])
+            until = held_until.get(added.name)
+            if until is not None and added.delivery is not Delivery.ACCEPT:
+                self.services[added.name].lives().hold(until - self.loop.time())
+        for name in held_until.keys() - new.keys():
+            self.spawn(self.holds.remove(name), f"hold of {name}")
         if config.gateway != self.config.gateway:
             log.warning("changes under `gateway` need a restart")
         self.config = config
@@ -273,8 +283,6 @@ class Server:
 
     async def _drain_service(self, service: Service) -> None:
         """A service that is not configured any more, or differently: let its connections end, then stop it."""
-        if service.predecessor is not None:
-            await asyncio.wait({service.predecessor})
         service.retire()
         try:
             async with asyncio.timeout(self.config.gateway.drain):
@@ -284,6 +292,8 @@ class Server:
         finally:
             await service.stop("it was removed or changed in the configuration")
             self.numbers.pop(service.number, None)
+            self.awake.discard(service.number)
+            del self.drains[service]
 
     # What the workers report
 
@@ -382,16 +392,17 @@ class Server:
             log.error("unexpected error in %s", task.get_name(), exc_info=task.exception())
 
     def _tell_status(self) -> None:
-        awake = len(self.awake)
+        awake = sum(service.number in self.awake for service in self.services.values()) if self.awake else 0
         self.notifier.status(f"{len(self.services) - awake} asleep, {awake} awake")
 
     def _on_stop_signal(self) -> None:
+        """The first one drains, a second one cuts at once, whatever is going on by then."""
         self._signals += 1
         self._signalled.set()
+        if self._signals > 1:
+            for service in self.numbers.values():
+                service.hurry()
         self._tell_news()
-
-    async def _second_signal(self) -> None:
-        await self.until(lambda: self._signals > 1)
 
     def _tell_news(self) -> None:
         news, self._news = self._news, asyncio.Event()
@@ -418,6 +429,10 @@ class Server:
 
 async def _nobody_waits() -> None:
     pass
+
+
+async def _all_of(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    await asyncio.wait(tasks)
 
 
 def _raise_descriptor_limit() -> None:

@@ -16,11 +16,12 @@ import msgspec
 from backends import load
 from backends.base import BackendError, Capability, PassedSocket, Setup, Shared, Usage
 from backends.endpoint import parse
-from gateway.activation import Activation, State
+from gateway.activation import Activation
 from gateway.config import BackendConfig, Delivery
 from gateway.handover import Instances, PassGate
 from gateway.listeners import Listeners, Listening, key
 from gateway.plane.link import Tally
+from gateway.states import State
 from gateway.status import BackendStatus, StateChange
 from gateway.upgrade import Estate, KeptService
 from gateway.workers import RelayGate, Workers
@@ -47,10 +48,14 @@ class Environment:
 
 
 class Service:
-    """`predecessor` is the drain of the service that this one replaces: it starts nothing before that is done."""
+    """`after` is the drain of the services that this one replaces: it starts nothing before that is done.
+
+    `listens_after`: nor does it listen before, because a backend still accepts from one of its sockets.
+    """
 
     __slots__ = (
-        "_gate", "_numbers", "activation", "backend", "config", "environment", "instances", "number", "predecessor", "sockets",
+        "_gate", "_numbers", "activation", "backend", "config", "environment", "given", "instances", "listens_after",
+        "number", "sockets",
     )  # fmt: skip
 
     def __init__(
@@ -59,13 +64,16 @@ class Service:
         config: BackendConfig,
         sockets: list[Listening],
         environment: Environment,
-        predecessor: asyncio.Task[None] | None = None,
+        after: asyncio.Task[None] | None = None,
+        listens_after: bool = False,
     ) -> None:
         self.number = number
         self.config = config
         self.sockets = sockets
+        self.given = tuple(sockets)
+        """those that it began with, whoever has them now"""
         self.environment = environment
-        self.predecessor = predecessor
+        self.listens_after = after if listens_after else None
         setup = Setup(
             name=config.name, directory=config.directory, endpoints=config.endpoints, readiness=config.ready,
             shared=environment.shared, passes=config.delivery is Delivery.PASS,
@@ -85,28 +93,36 @@ class Service:
             self._gate = PassGate(config.name, passed, config.idle.after, self.wake, self._busy, self._quiet)
         else:
             self._gate = RelayGate(number, environment.workers)
-        self.activation = Activation(config, self.backend, self._gate, self._changed)
+        self.activation = Activation(config, self.backend, self._gate, self._changed, after)
 
     # Its doors
 
     def listen(self) -> None:
         """Let clients come."""
-        workers = self.environment.workers
+        if isinstance(self._gate, RelayGate):
+            self.environment.workers.serve(self.number, self.config)
+        if self.listens_after is None:
+            self._listen()
+        else:
+            self.listens_after.add_done_callback(lambda _: self._listen())
+
+    def _listen(self) -> None:
+        if not self.sockets:  # it was removed while it waited
+            return
+        for listening in self.sockets:
+            for sock in listening.sockets:
+                sock.setblocking(False)  # a backend that had it has changed that for all who have it
         if self.instances is not None:
             self.instances.listen()
-        elif isinstance(self._gate, RelayGate):
-            workers.serve(self.number, self.config)
+        elif isinstance(self._gate, PassGate):
+            self._gate.arm()
+        else:
+            workers = self.environment.workers
             spread = workers.spread(self.config)
             for listening in self.sockets:
                 self._numbers[id(listening)] = workers.listen(
                     self.number, listening.listener.name, key(listening.listener, self.name), listening.sockets, spread
                 )
-        elif isinstance(self._gate, PassGate):
-            gate = self._gate
-            if self.predecessor is None:
-                gate.arm()
-            else:
-                self.predecessor.add_done_callback(lambda _: gate.arm())
 
     def unlisten(self, keep: Collection[int] = ()) -> None:
         """Let nobody in any more; close the sockets but those (by id) that somebody else takes over."""
@@ -156,11 +172,7 @@ class Service:
 
     def wake(self, source: str) -> None:
         """A client waits."""
-        activation = self.lives()
-        if self.predecessor is not None and not self.predecessor.done():
-            self.predecessor.add_done_callback(lambda _: activation.wake(source))
-        else:
-            activation.wake(source)
+        self.lives().wake(source)
 
     def lives(self) -> Activation:
         """Its activation. Raises NoLife in delivery `accept`."""
@@ -175,6 +187,11 @@ class Service:
         if self.activation is not None:
             self.activation.retire()
 
+    def hurry(self) -> None:
+        """Stop without grace, now or whenever it comes to that."""
+        if self.activation is not None:
+            self.activation.hurry()
+
     async def stop(self, why: str) -> None:
         """Close everything at once; return when nothing is left of it."""
         if self.sockets:
@@ -183,7 +200,7 @@ class Service:
             await self.instances.stop()
         if self.activation is not None:
             self.environment.workers.cut(self.number)
-            await self.activation.stop(why)
+            await self.activation.close(why)
             self.environment.workers.forget(self.number)
 
     # Its configuration
@@ -196,6 +213,15 @@ class Service:
         )  # fmt: skip
         spread = self.environment.workers.spread
         return same == self.config and spread(config) == spread(self.config)
+
+    def stands_in_the_way(self, config: BackendConfig, sockets: Collection[Listening]) -> bool:
+        """Whether a new backend must wait for the end of this one: the same name, sockets or endpoints."""
+        mine = {id(listening) for listening in self.given}
+        return (
+            config.name == self.name
+            or any(id(listening) in mine for listening in sockets)
+            or any(endpoint in self.config.endpoints.values() for endpoint in config.endpoints.values())
+        )
 
     def adjust(self, config: BackendConfig) -> None:
         """Take on new limits, timeouts and idle policy."""
@@ -214,6 +240,11 @@ class Service:
     @property
     def name(self) -> str:
         return self.config.name
+
+    @property
+    def held_until(self) -> float | None:
+        """Loop time; None: not held."""
+        return self.activation.held_until if self.activation else None
 
     @property
     def asleep(self) -> bool:

@@ -201,4 +201,3 @@ class Worker:
 def _close_all(fds: Iterable[int]) -> None:
     for fd in fds:
         os.close(fd)
-

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from msgspec import structs
+
 from backends.base import PassedSocket
 from backends.endpoint import Endpoint
 from gateway import adoption
@@ -115,8 +117,6 @@ class Workers:
 
     async def find(self, replace: bool) -> None:
         """Take over the workers of a former control plane; with `replace`, they only finish what they have."""
-        with contextlib.suppress(OSError):
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for found in await adoption.find(self.directory, self.options.drain, self._hear):
             self.adopted.add(found)
             if found.worker.foreign or replace or len(self._places) >= self.size:
@@ -168,8 +168,8 @@ class Workers:
         await asyncio.gather(*(worker.end() for worker in self._all))
         self._places.clear()
         self._leaving.clear()
-        with contextlib.suppress(OSError):
-            self.directory.rmdir()
+        with contextlib.suppress(OSError):  # not empty: a worker could not be taken over
+            await asyncio.to_thread(self.directory.rmdir)
 
     def _launch(self, number: int) -> Worker:
         return Worker.start(number, str(self.directory), self.options.orphan_time, self._hear)
@@ -219,7 +219,7 @@ class Workers:
     def _count_in(self, worker: Worker) -> None:
         for tally in worker.counted:
             if tally.backend in self.served:
-                over = Tally(tally.backend, 0, 0, tally.total, tally.received, tally.sent, tally.refused)
+                over = structs.replace(tally, connections=0, parked=0)
                 self._past[tally.backend] = _sum(self._past.get(tally.backend), over)
         worker.counted = []
 
@@ -246,7 +246,7 @@ class Workers:
         self.served[number] = say.Serve(
             number, config.name, config.digest, math.ceil(limits.connections / spread), math.ceil(limits.pending / spread),
             float(limits.connect_timeout), float(limits.idle_timeout or 0),
-            float(limits.flow_timeout), limits.flow_datagrams, int(limits.flow_bytes),
+            float(limits.flow_timeout), limits.flow_datagrams, math.ceil(limits.flow_bytes / spread),
         )  # fmt: skip
         self._send(self.served[number])
 
@@ -254,18 +254,18 @@ class Workers:
         """Accept on these sockets for a listener of the backend; the numbers are for `unlisten`.
 
         `address` says which listener it is to another control plane. One socket is shared by the workers, or belongs to
-        one of them if the backend is not spread; of several, each has its own.
+        one of them if the backend is not spread; of several, each has its own. A single datagram socket is not shared: all
+        datagrams of a client must come to the same worker.
         """
         numbers = []
         for index, sock in enumerate(sockets):
             number = self.adopted.numbers.get((backend, sock))
             if number is None:
                 number = self._next_listener = self._next_listener + 1
-            shared = len(sockets) == 1 and spread > 1
-            ear = Ear(
-                say.Listen(number, backend, name, address), sock,
-                None if shared else (index if spread > 1 else backend) % self.size,
-            )  # fmt: skip
+            alone = spread == 1 or (len(sockets) == 1 and sock.type == socket.SOCK_DGRAM)
+            shared = len(sockets) == 1 and not alone
+            place = None if shared else (backend if alone else index) % self.size
+            ear = Ear(say.Listen(number, backend, name, address), sock, place)
             self._ears[number] = ear
             numbers.append(number)
             for place, worker in enumerate(self._places):

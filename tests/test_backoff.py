@@ -8,8 +8,8 @@ import pytest
 
 from backends.base import Exit, StartFailed
 from gateway import backoff
-from gateway.activation import State
 from gateway.backoff import FIRST, FREE_CRASHES, FREE_ENDS, LONGEST, STEADY, Backoff
+from gateway.states import State
 from tests.test_activation import SLEEP, SOON, START, Make, stages
 
 stage = pytest.fixture(stages)

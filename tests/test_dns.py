@@ -101,19 +101,21 @@ def test_dig_is_answered_by_a_sleeping_dns_server_on_its_first_datagram(tmp_path
         assert (row["wakes"], row["total"], row["dropped"], row["refused"]) == (3, 4, 0, 0)
 
 
-def test_dig_is_answered_on_an_inherited_socket(tmp_path: Path) -> None:
-    """The datagram that started the gateway itself."""
+@pytest.mark.parametrize(("listen", "bound"), [("fd://door", "0.0.0.0:PORT"), ("udp://*:PORT", "PORT")])
+def test_dig_is_answered_on_an_inherited_socket(tmp_path: Path, listen: str, bound: str) -> None:
+    """The datagram that started the gateway itself. The socket is found by its name, or because it is the same."""
     activate, dnsmasq = program("systemd-socket-activate"), program("dnsmasq")
     port = free_port(2)
     text = EXAMPLE.read_text().replace("5354", str(port + 1)).replace("/usr/sbin/dnsmasq", dnsmasq)
-    text = text.replace("udp://127.0.0.1:5353 ", "fd://door").replace("tcp://127.0.0.1:5353", f"unix:{tmp_path}/s")
+    listen, bound = listen.replace("PORT", str(port)), bound.replace("PORT", str(port))
+    text = text.replace("udp://127.0.0.1:5353 ", listen).replace("tcp://127.0.0.1:5353", f"unix:{tmp_path}/s")
     running = Gateway(tmp_path, text)
-    words = [activate, "--datagram", "-l", f"0.0.0.0:{port}", "--fdname=door", *running.command]
+    words = [activate, "--datagram", "-l", bound, "--fdname=door", *running.command]
     running.process = running.launch(words)
     try:
         eventually(lambda: "Listening on" in running.log)
         assert dig(port, "-b", "127.0.0.1", "first.box.example") == "192.0.2.1"
-        running.wait_for_line("awake: woken by 127.0.0.1:")
+        assert "127.0.0.1" in running.wait_for_line("awake: woken by ")
     finally:
         running.stop()
 
@@ -121,11 +123,12 @@ def test_dig_is_answered_on_an_inherited_socket(tmp_path: Path) -> None:
 # Very many clients
 
 
-@pytest.mark.parametrize("each", [1, 3])
-def test_a_thousand_clients_at_once_on_a_sleeping_backend_lose_nothing(tmp_path: Path, each: int) -> None:
+@pytest.mark.parametrize(("each", "workers"), [(1, 1), (3, 1), (3, 2)])
+def test_a_thousand_clients_at_once_on_a_sleeping_backend_lose_nothing(tmp_path: Path, each: int, workers: int) -> None:
     """Done when 2: all that they sent is answered, in the order in which each of them sent it, by one start."""
     web = backend("--after", 0.5)
-    with gateway(tmp_path, {"backends": {"web": web}}) as running, clients(web["listen"], 1000) as socks:
+    document = {"gateway": {"workers": workers}, "backends": {"web": web}}
+    with gateway(tmp_path, document) as running, clients(web["listen"], 1000) as socks:
         assert (
             running.status("web")["state"] == "stopped"
         )  # the worker is there; before, the kernel has room for some 500

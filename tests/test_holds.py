@@ -11,9 +11,9 @@ import pytest
 
 from backends.units import Duration
 from gateway import holds
-from gateway.activation import State
 from gateway.config import Idle
 from gateway.holds import Holds
+from gateway.states import State
 from tests.test_activation import FREEZE, SLEEP, SOON, START, Make, let_time_pass, stages
 
 stage = pytest.fixture(stages)

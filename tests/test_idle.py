@@ -10,10 +10,10 @@ import pytest
 
 from backends.base import Capability, Exit
 from backends.units import Duration
-from gateway.activation import State
 from gateway.config import Idle, Then
 from gateway.idle import Signals, Verdict, judge
-from tests.test_activation import AFTER, FREEZE, SLEEP, SOON, START, Make, bug, let_time_pass, stages
+from gateway.states import State
+from tests.test_activation import AFTER, FREEZE, SLEEP, SOON, START, Make, let_time_pass, stages
 
 stage = pytest.fixture(stages)
 QUIET, UPTIME = 10.0, 60.0
@@ -182,7 +182,6 @@ async def test_who_waits_for_a_retired_one_is_still_served(stage: Make) -> None:
     assert web.did == [*START, "close", "open", *SLEEP]
 
 
-@bug("`_bring_up` forgets that there are connections, and a retired backend then spins between close and open")
 async def test_a_retired_one_that_refused_is_not_closed_and_opened_without_a_pause(stage: Make) -> None:
     web = stage()
     await web.begin()
@@ -221,7 +220,6 @@ async def test_the_client_that_thawed_it_does_not_start_it_again_after_its_end(s
     assert web.did == ["close", "freeze", "arm", "thaw", "open", *SLEEP]
 
 
-@bug("`_freeze` clears `_wanted` once more, after a client may have come")
 async def test_a_client_that_comes_while_it_is_frozen_is_served(stage: Make) -> None:
     web = stage(FREEZE)
     frozen = web.hold("freeze")
@@ -242,7 +240,6 @@ async def test_a_frozen_one_is_stopped_after_stop_after(stage: Make) -> None:
     assert web.at["stop"] >= web.at["freeze"] + 0.03
 
 
-@bug("`_freeze` computes its deadline once")
 async def test_another_stop_after_counts_at_once(stage: Make) -> None:
     web = stage(FREEZE)
     await web.begin()

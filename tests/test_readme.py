@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gateway.activation import TRANSITIONS, Event, State
+from gateway.states import TRANSITIONS, Event, State
 from tests.conftest import program
 from tests.running import eventually, free_port
 

@@ -24,9 +24,9 @@ from gateway.plane.gate import Gate
 from gateway.plane.link import Held, Listen
 from gateway.plane.loop import Loop, Timer
 
-PAUSE, LONG_PAUSE = 0.02, 0.1
-"""Seconds until more of what was kept is delivered to a backend that has not answered so far, and to one that has: that one
-tells by its answers how fast it reads."""
+PAUSE, LONG_PAUSE = 0.02, 0.05
+"""Seconds without an answer until more of what was kept is delivered: to a backend that has not answered so far, and to one
+that has, which tells by its answers how fast it reads."""
 
 SWEEPS = 4
 """Looks without news after which a flow has ended. No datagram costs a look at the clock."""
@@ -42,8 +42,8 @@ class DatagramListener:
     """One datagram socket of this worker and its flows. Owns its descriptor; the flows answer through it."""
 
     __slots__ = (
-        "_answers", "_credit", "_pause", "_sweep_timer", "_take", "closed", "flows", "gate", "held", "loop", "name", "sock",
-        "waiting", "wildcard",
+        "_answered", "_answers", "_credit", "_pause", "_sweep_timer", "_take", "closed", "flows", "gate", "held", "loop",
+        "name", "sock", "waiting", "wildcard",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, sock: socket.socket, gate: Gate, order: Listen) -> None:
@@ -58,7 +58,7 @@ class DatagramListener:
         """flows with datagrams to deliver once the gate is open, or as soon as the backend takes more; the first comes first"""
         self.wildcard = _is_wildcard(sock)
         self._credit = BURST
-        self._answers = False
+        self._answers = self._answered = False  # since the gate opened, since the pause began
         self._pause: Timer | None = None
         self._sweep_timer: Timer | None = None
         self._take: Callable[[], tuple[int, Any]] = partial(sock.recvfrom_into, buffer, 0, FLAGS)
@@ -121,27 +121,29 @@ class DatagramListener:
         self.loop.later(1.0, self._resume)
 
     def _resume(self) -> None:
-        if not self.closed:
+        if not self.closed and self.sock.fileno() not in self.loop.table:
             self.loop.add(self.sock.fileno(), self, select.EPOLLIN)
 
     # What was kept is delivered
 
+    @property
+    def last(self) -> Flow | None:
+        """The flow that began to wait last."""
+        return next(reversed(self.waiting), None)
+
     def release(self) -> None:
         """The gate has opened."""
-        self._answers = False
+        self._answers = self._answered = False
         self.go_on()
 
     def go_on(self) -> None:
         """The backend should have room by now."""
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
         self._credit = BURST
         self._deliver()
 
     def answered(self, count: int) -> None:
-        """The backend reads what it gets."""
-        self._answers = True
+        """The backend has read what it answers."""
+        self._answers = self._answered = True
         self._credit = min(BURST, self._credit + count)
         self._deliver()
 
@@ -153,7 +155,15 @@ class DatagramListener:
     def pace(self) -> None:
         """Go on after a pause, if there is something to go on with."""
         if self.waiting and self._pause is None and self.gate.endpoints is not None:
-            self._pause = self.loop.later(LONG_PAUSE if self._answers else PAUSE, self.go_on)
+            self._answered = False
+            self._pause = self.loop.later(LONG_PAUSE if self._answers else PAUSE, self._pause_over)
+
+    def _pause_over(self) -> None:
+        self._pause = None
+        if self._answered:
+            self.pace()  # by its answers it goes on faster
+        else:
+            self.go_on()
 
     def make_room(self, most: int, flow: Flow) -> bool:
         """Drop what others have kept for longest, until all of it is no more than so many bytes."""
@@ -216,13 +226,9 @@ class DatagramListener:
         self.closed = True
         self.loop.remove(self.sock.fileno())
         self.timeout_changed()  # no client can ask any more
-        self._close_if_done()
+        self.flow_ended()
 
     def flow_ended(self) -> None:
-        self.gate.emptied()  # one that waited only was no connection
-        self._close_if_done()
-
-    def _close_if_done(self) -> None:
         if self.closed and not self.flows and self in self.gate.doors:
             self.gate.doors = tuple(door for door in self.gate.doors if door is not self)
             self.loop.discard(self.sock)

@@ -28,14 +28,15 @@ SIZE = 64 << 10
 BATCH = 64
 """Datagrams that one socket may move before the others have their turn."""
 
-BURST = 64
+BURST = 32
 """What was kept is delivered so much at a time (a datagram counts 1, and 1 more for each KiB), then the backend has to answer
-or time to pass: nothing pushes back, and its socket has room for 208 KiB, of which a small datagram takes 768 bytes."""
+or time to pass: nothing pushes back, and by default its socket has room for 256 small datagrams, of all workers."""
 
 FLAGS = socket.MSG_DONTWAIT | socket.MSG_TRUNC  # TRUNC: the answer is the true size
 DATAGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 IP_PKTINFO = 8  # ip(7); Python names it from 3.12 on
 MULTICAST = 0xFF  # first byte of the IPv6 addresses that nobody can answer from
+LACKING = CAPACITY_ERRORS | {errno.ENOSPC}  # the latter: fs.epoll.max_user_watches
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
 
 NOTHING: deque[bytes] = deque(maxlen=0)
@@ -76,7 +77,7 @@ class Flow:
         """looks without news"""
         self._connected_to: Target | None = None
         self._connected_under = NOWHERE
-        self._new = True  # nothing was sent by this socket yet
+        self._new = True  # nothing was sent by this socket under this opening
         self._blocked = False  # waits for its socket to become writable
         self._tries = 0  # in a row in which nobody was there
 
@@ -154,6 +155,7 @@ class Flow:
         where = gate.leads_to(listener.name)
         if self.sock is not None:
             if where == self._connected_to:
+                self._trust(self.sock, gate.endpoints)
                 return True
             self._disconnect()  # it has another address this time
         if where is None or where.stream:
@@ -166,7 +168,7 @@ class Flow:
             sock = _upstream(where)
             listener.loop.add(sock.fileno(), self, READ)
         except OSError as error:
-            if error.errno in CAPACITY_ERRORS:
+            if error.errno in LACKING:
                 self._turn_away(f"no upstream socket: {error.strerror}")
             else:
                 self._connected_under = gate.endpoints
@@ -178,10 +180,17 @@ class Flow:
         listener.sweep_on()
         return True
 
+    def _trust(self, sock: Socket, endpoints: dict[str, Any]) -> None:
+        """Go on with the socket of an earlier opening. A Unix one is not trusted: it may still lead to a dead backend."""
+        if self._connected_under is not endpoints and not self._to_unix:
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # clears what it was told of the backend before
+            self._connected_under = endpoints
+            self._new = True
+
     def _refused(self, error: OSError) -> None:
         """Nobody is there. What was kept must not be lost by that: it waits while the control plane looks.
 
-        A socket of an earlier opening proves nothing: it may tell of a backend that is gone since then.
+        A socket that was connected under an earlier opening proves nothing; the next one may.
         """
         gate = self._listener.gate
         why = os.strerror(error.errno or errno.ECONNREFUSED)
@@ -346,6 +355,7 @@ class Flow:
         self._disconnect()
         if self._listener.flows.pop(self._origin, None) is not None:
             self._listener.flow_ended()
+            self._listener.gate.emptied()
 
     def abort(self) -> None:
         """The loop met an unexpected error here."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from socket import SocketType as Socket
 from typing import Any, Protocol
 
@@ -45,8 +44,8 @@ class Door(Protocol):
     """A datagram socket, with the flows of its clients."""
 
     @property
-    def waiting(self) -> Iterable[Waiting]:
-        """The flows that wait for the gate to open."""
+    def last(self) -> Waiting | None:
+        """The flow that began to wait last."""
 
     def release(self) -> None:
         """The gate has opened: deliver what waits."""
@@ -153,7 +152,7 @@ class Gate:
     @property
     def full(self) -> bool:
         """Whether no more may wait."""
-        return len(self.parked) + self.waiting >= self.limits.pending
+        return self.awaited >= self.limits.pending
 
     def park(self, client: Client) -> None:
         """Keep the client unread until the gate opens; the first one wakes the backend."""
@@ -297,6 +296,16 @@ class Gate:
             self._told_busy = False
             self.tell(Quiet(self.number, self.quiet_since))
 
+    @property
+    def used(self) -> bool:
+        """Whether there is anything to count."""
+        return bool(self.total or self.awaited or self.refused or self.dropped)
+
+    @property
+    def awaited(self) -> int:
+        """Clients and flows that wait."""
+        return len(self.parked) + self.waiting
+
     def serving(self) -> Serving:
         """What there is of it, for the next control plane."""
         opened = None if self.endpoints is None else self.opened
@@ -308,21 +317,16 @@ class Gate:
         if self.connections:
             self.tell_busy()
         self._woke = False
-        waiting = next(chain[Waiting](self.parked.values(), *(door.waiting for door in self.doors)), None)
-        if waiting is not None:
+        last = [next(reversed(self.parked.values()), None), *(door.last for door in self.doors)]
+        for waiting in filter(None, last):
             self.wake(waiting)
-
-    @property
-    def used(self) -> bool:
-        """Whether there is anything to count."""
-        return bool(self.total or self.parked or self.waiting or self.refused or self.dropped)
 
     def tally(self, live: Sequence[End]) -> Tally:
         """Its counters; `live`: its part of `live_by_gate`."""
         received = self.received + sum(end.moved for end in live)
         sent = self.sent + sum(end.peer_moved for end in live)
         return Tally(
-            self.number, self.connections, len(self.parked) + self.waiting, self.total, received, sent, self.refused,
+            self.number, self.connections, self.awaited, self.total, received, sent, self.refused,
             self.dropped,
         )  # fmt: skip
 

@@ -24,9 +24,9 @@ import msgspec
 VERSION = 2
 """Changes with every change of a message. A worker that speaks another version is told to retire and nothing else."""
 
-LARGEST = 128 << 10  # bytes in a datagram, but for its frame; the default send buffer of Linux takes 208 KiB
+LARGEST = 128 << 10  # bytes in a datagram; the default send buffer of Linux takes 208 KiB
 MOST_MESSAGES = 1000  # in a datagram: taking them must not hold up the connections
-FRAME = 16
+FRAME = 5  # bytes of them around the messages
 MOST_FDS = 250  # in a datagram; the kernel takes 253 (SCM_MAX_FD)
 
 
@@ -57,8 +57,10 @@ class Serve(Message, frozen=True):
 
 
 class Listen(Message, frozen=True):
-    """Serve the socket that comes along, for this backend: accept on it, or relay its datagrams. Nothing happens for a
-    number that is known."""
+    """Serve the socket that comes along, for this backend: accept on it, or relay its datagrams.
+
+    Nothing happens for a number that is known.
+    """
 
     listener: int
     backend: int
@@ -299,7 +301,7 @@ class Link:
         batch: list[bytes] = []
         size = sent = 0
         for data in map(_encoder.encode, messages):
-            if batch and (size + len(data) > LARGEST or len(batch) == (MOST_FDS if fds else MOST_MESSAGES)):
+            if batch and (size + len(data) > LARGEST - FRAME or len(batch) == (MOST_FDS if fds else MOST_MESSAGES)):
                 self._post(_array(batch), fds[sent : sent + len(batch)])
                 sent += len(batch)
                 size = 0
@@ -331,7 +333,7 @@ class Link:
         """
         try:
             data, rights, flags, _ = self.socket.recvmsg(
-                LARGEST + FRAME, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+                LARGEST, socket.CMSG_SPACE(MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
             )
         except BlockingIOError:
             return None

@@ -139,11 +139,11 @@ class Worker:
             gate.limit(order)
 
     def listen(self, order: say.Listen, fds: list[int]) -> None:
-        fd = fds.pop(0)
+        sock = socket.socket(fileno=fds.pop(0))
         if order.listener in self.listeners:
-            os.close(fd)
+            sock.close()
             return
-        sock, gate = socket.socket(fileno=fd), self.gates[order.backend]
+        gate = self.gates[order.backend]
         if sock.type == socket.SOCK_DGRAM:
             self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order)
         else:
@@ -224,7 +224,7 @@ class Worker:
         self.end_if_done()
 
     def end_if_done(self) -> None:
-        if self.retiring and not any(gate.connections or gate.parked or gate.waiting for gate in self.gates.values()):
+        if self.retiring and not any(gate.connections or gate.awaited for gate in self.gates.values()):
             self.end()
 
     def end(self) -> None:
