@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # The real programs that the tests use as clients, backends and peers.
-PACKAGES := curl haproxy netcat-openbsd nginx-light openssh-client openssh-server podman redis-server redis-tools runc socat \
-	systemd wrk
+PACKAGES := bind9-dnsutils curl dnsmasq-base haproxy netcat-openbsd nginx-light openssh-client openssh-server podman \
+	redis-server redis-tools runc socat systemd wrk
 
 .PHONY: help run test lint format bench clean setup packages
 

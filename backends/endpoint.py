@@ -28,6 +28,10 @@ LONGEST = 1024  # characters of an address; the longest part of one is a host na
 VSOCK_NAMES = {"any": 0xFFFFFFFF, "hypervisor": 0, "local": 1, "host": 2}
 UNIX_PATH_MAX = 107  # sun_path holds 108 bytes with the closing NUL, unix(7)
 
+DATAGRAM_BUFFER = 4 << 20
+"""Bytes asked for, within net.core.rmem_max: the kernel drops the datagrams for which there is no room while nobody reads.
+The default is full with 256 small ones."""
+
 
 class AddressError(ValueError):
     """An address that cannot be understood or used; the message says what was found and what is allowed."""
@@ -168,6 +172,11 @@ class Inherited:
 Endpoint = Tcp | Udp | Unix | Unixgram | Vsock | VsockMux | Inherited
 
 
+def is_datagram(endpoint: Endpoint) -> bool:
+    """Whether datagrams go there. Of an inherited socket that is not known."""
+    return isinstance(endpoint, (Udp, Unixgram))
+
+
 def parse(text: str, directory: Path | None = None) -> Endpoint:
     """Parse one address; relative paths of Unix sockets are relative to `directory`. Raises AddressError."""
     if len(text) > LONGEST:
@@ -235,6 +244,8 @@ def _local(text: str, scheme: str, rest: str, directory: Path | None) -> Unix | 
             raise AddressError(f"{text!r}: unknown option {key!r}; allowed: mode, owner, group")
     if not path.startswith("@"):
         path = _path(text, path, directory)
+        if "?" in path:  # it came with the directory; printed, the address would not be the same
+            raise AddressError(f"{text!r}: {path} has a '?', where options begin; allowed: a directory without one")
     elif not 1 < len(os.fsencode(path)) <= UNIX_PATH_MAX:
         raise AddressError(f"{text!r}: an abstract name has 1 to {UNIX_PATH_MAX - 1} bytes")
     elif options:
@@ -357,6 +368,8 @@ def _tune_inet(sock: socket.socket, endpoint: Inet, reuse_port: bool) -> None:
     if endpoint.type == socket.SOCK_STREAM:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DATAGRAM_BUFFER)
     if reuse_port:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     if sock.family == socket.AF_INET6:

@@ -9,20 +9,32 @@ deadline, and asks for the last error when it is over. That a backend died ends 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import importlib
 import os
 import re
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Tcp, Unix, Vsock, VsockMux, resolve
+from backends.endpoint import (
+    AddressError,
+    Endpoint,
+    Inet,
+    Inherited,
+    Tcp,
+    Unix,
+    Vsock,
+    VsockMux,
+    is_datagram,
+    resolve,
+)
 from backends.notifications import Notifications
 from backends.output import Output
 from backends.units import Command, Duration
@@ -32,6 +44,8 @@ LONGEST_GAP = 0.05
 GAP_GROWTH = 1.1  # so a gap is a tenth of the time that has passed: that much is lost at most when it becomes ready
 CONNECT_TIMEOUT = 1.0  # seconds for one attempt: an address that swallows packets is tried again
 HTTP_TIMEOUT = 2.0
+ANSWER_TIMEOUT = LONGEST_GAP  # until a question is asked again; a later answer is heard, too
+LARGEST_DATAGRAM = 65507  # UDP over IPv4
 RESOLVE_AGAIN = 1.0  # seconds after which a name is looked up again: a machine may come back with another address
 
 
@@ -39,11 +53,11 @@ T = TypeVar("T")
 
 
 class Connect(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every endpoint accepts a connection."""
+    """Every stream endpoint accepts a connection."""
 
 
 class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Every endpoint answers a GET of this path with this status; without one, with any 2xx or 3xx."""
+    """Every stream endpoint answers a GET of this path with this status; without one, with any 2xx or 3xx."""
 
     path: str = "/"
     status: int | None = None
@@ -55,6 +69,30 @@ class Http(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{self.path!r} is not a path such as /health")
         if self.status is not None and not 100 <= self.status <= 599:
             raise ValueError(f"{self.status} is not an HTTP status")
+
+
+def payload(text: str) -> bytes:
+    """The bytes of a datagram: text, or after `hex:` hexadecimal digits. Raises ValueError."""
+    if not text.startswith("hex:"):
+        return text.encode()
+    try:
+        return bytes.fromhex(text.removeprefix("hex:"))
+    except ValueError:
+        raise ValueError(f"{text!r} does not go on in hexadecimal digits such as hex:00ff") from None
+
+
+class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every datagram endpoint answers this datagram."""
+
+    send: str
+    """text, or `hex:` and hexadecimal digits"""
+    expect: str = ""
+    """a part of the answer, in the same forms; empty: any answer will do"""
+
+    def __post_init__(self) -> None:
+        payload(self.expect)
+        if len(payload(self.send)) > LARGEST_DATAGRAM:
+            raise ValueError(f"is longer than a datagram, {LARGEST_DATAGRAM} bytes")
 
 
 class Exec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,10 +125,11 @@ class Delay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     time: Duration
 
 
-Readiness = Connect | Http | Exec | Notify | Log | Delay
+Readiness = Connect | Http | Query | Exec | Notify | Log | Delay
 KINDS: dict[str, type[Readiness]] = {
     "connect": Connect,
     "http": Http,
+    "udp": Query,
     "exec": Exec,
     "notify": Notify,
     "log": Log,
@@ -134,13 +173,20 @@ async def wait(readiness: Readiness, probed: Probed) -> Mapping[str, Endpoint]:
             raise Impossible(f"{endpoint} is not possible with this driver, which knows no guest")
     match readiness:
         case Connect():
-            return await _each(probed, lambda endpoint: _answering(endpoint, probed, _reach))
+            streams = _askable(probed, "connect", _is_stream)
+            return await _each(probed, streams, lambda endpoint: _answering(endpoint, probed, _reach))
         case Http():
-            for endpoint in probed.endpoints.values():
+            streams = _askable(probed, "http", _is_stream)
+            for endpoint in streams:
                 if not isinstance(endpoint, (Tcp, Unix)):
                     raise Impossible(f"readiness `http` is not possible at {endpoint}; only at tcp: and unix:")
             await asyncio.to_thread(importlib.import_module, "aiohttp")  # not in the loop: it takes a while
-            return await _each(probed, lambda endpoint: _answering(endpoint, probed, _getting(readiness, endpoint)))
+            return await _each(
+                probed, streams, lambda endpoint: _answering(endpoint, probed, _getting(readiness, endpoint))
+            )
+        case Query():
+            datagrams = _askable(probed, "udp", is_datagram)
+            return await _each(probed, datagrams, lambda endpoint: _questioning(readiness, endpoint, probed))
         case Exec():
             await _until(lambda: _run(readiness, probed), probed.report)
         case Notify():
@@ -152,13 +198,33 @@ async def wait(readiness: Readiness, probed: Probed) -> Mapping[str, Endpoint]:
             await _matching_line(readiness, probed)
         case Delay():
             await asyncio.sleep(readiness.time)
-    return await _each(probed, lambda endpoint: _until(lambda: _first_address(endpoint), probed.report))
+    return await _each(probed, (), lambda endpoint: _found(endpoint, probed))
 
 
-async def _each(probed: Probed, ask: Callable[[Endpoint], Coroutine[Any, Any, Endpoint]]) -> Mapping[str, Endpoint]:
-    """Ask about all endpoints at a time; an error of one ends the others."""
+def _askable(probed: Probed, kind: str, fits: Callable[[Endpoint], bool]) -> list[Endpoint]:
+    """The endpoints that can be asked in this way; there must be one if there are any. Raises Impossible."""
+    endpoints = list(probed.endpoints.values())
+    askable = [endpoint for endpoint in endpoints if fits(endpoint)]
+    if endpoints and not askable:
+        raise Impossible(f"readiness `{kind}` is not possible at {endpoints[0]}")
+    return askable
+
+
+def _is_stream(endpoint: Endpoint) -> bool:
+    return not is_datagram(endpoint)
+
+
+async def _each(
+    probed: Probed, asked: Collection[Endpoint], ask: Callable[[Endpoint], Coroutine[Any, Any, Endpoint]]
+) -> Mapping[str, Endpoint]:
+    """Ask about all endpoints at a time; an error of one ends the others. Of those that are not asked, the first address is
+    taken.
+    """
     loop = asyncio.get_running_loop()
-    asking = [loop.create_task(ask(each), name=f"probe of {each}") for each in probed.endpoints.values()]
+    asking = [
+        loop.create_task(ask(each) if each in asked else _found(each, probed), name=f"probe of {each}")
+        for each in probed.endpoints.values()
+    ]
     try:
         answers = await asyncio.gather(*asking)
     finally:
@@ -166,6 +232,10 @@ async def _each(probed: Probed, ask: Callable[[Endpoint], Coroutine[Any, Any, En
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
     return dict(zip(probed.endpoints, answers, strict=True))
+
+
+async def _found(endpoint: Endpoint, probed: Probed) -> Endpoint:
+    return await _until(lambda: _first_address(endpoint), probed.report)
 
 
 async def _until(attempt: Callable[[], Awaitable[T]], report: Callable[[str], None]) -> T:
@@ -310,6 +380,63 @@ async def _status(path: str, endpoint: Endpoint, host: str) -> int:
             return answer.status
     except aiohttp.ClientError as error:
         raise ConnectionError(str(error) or type(error).__name__) from error
+
+
+# udp
+
+
+async def _questioning(query: Query, endpoint: Endpoint, probed: Probed) -> Endpoint:
+    questions = Questions(query)
+    try:
+        return await _answering(endpoint, probed, questions.ask)
+    finally:
+        questions.close()
+
+
+class Questions:
+    """The sockets from which the addresses of one endpoint are asked again and again: an answer may be late."""
+
+    def __init__(self, query: Query) -> None:
+        self._send, self._expect = payload(query.send), payload(query.expect)
+        self._expected = query.expect
+        self._sockets: dict[Endpoint, socket.socket] = {}
+
+    async def ask(self, endpoint: Endpoint) -> None:
+        """Ask once more, and listen for a moment. Raises Unanswered."""
+        try:
+            sock = self._sockets.get(endpoint) or self._connect(endpoint)
+            with contextlib.suppress(BlockingIOError):  # full of questions that nobody has read yet
+                sock.send(self._send)
+            async with asyncio.timeout(ANSWER_TIMEOUT):
+                answer = await asyncio.get_running_loop().sock_recv(sock, LARGEST_DATAGRAM)
+        except TimeoutError:
+            raise Unanswered(f"{endpoint}: no answer") from None
+        except OSError as error:
+            self._forget(endpoint)
+            raise Unanswered(f"{endpoint}: {_why(error)}") from None
+        if self._expect not in answer:
+            raise Unanswered(f"{endpoint}: {self._expected!r} is not in its answer")
+
+    def _connect(self, endpoint: Endpoint) -> socket.socket:
+        """Raises OSError."""
+        assert not isinstance(endpoint, Inherited)
+        sock = socket.socket(endpoint.family, endpoint.type | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._sockets[endpoint] = sock
+        if sock.family == socket.AF_UNIX:
+            sock.bind("")  # a name that the kernel chooses: what has none cannot be answered
+        sock.connect(endpoint.sockaddr)
+        if isinstance(endpoint, Inet) and sock.getsockname() == sock.getpeername():
+            raise OSError(errno.ECONNREFUSED, "connected to itself")  # as in `_reach`
+        return sock
+
+    def _forget(self, endpoint: Endpoint) -> None:
+        sock = self._sockets.pop(endpoint, None)
+        if sock is not None:
+            sock.close()
+
+    def close(self) -> None:
+        for endpoint in list(self._sockets):
+            self._forget(endpoint)
 
 
 # exec, log

@@ -28,9 +28,10 @@ from backends.endpoint import (
     Unixgram,
     Vsock,
     VsockMux,
+    is_datagram,
     parse,
 )
-from backends.probe import KINDS, Connect
+from backends.probe import KINDS, Connect, Http, Query
 from backends.units import Duration
 from gateway.parsing import convert, convert_struct
 from gateway.problems import FAILED, Place, Problems, listed, nearest, show
@@ -51,7 +52,6 @@ START_TIMEOUT = Duration(60)
 STOP_GRACE = Duration(10)
 
 _NEEDED = {Delivery.PASS: Capability.PASS, Delivery.ACCEPT: Capability.ACCEPT}
-_LATER = "datagrams are relayed in a later version; use delivery: pass"
 _is_name = re.compile(NAME_PATTERN.replace("$", r"\Z")).match
 
 
@@ -270,6 +270,7 @@ class BackendReader:
         if limits is not FAILED:
             self._check_positive(limits.connect_timeout, place / "limits" / "connect_timeout")
             self._check_positive(limits.idle_timeout, place / "limits" / "idle_timeout")
+            self._check_positive(limits.flow_timeout, place / "limits" / "flow_timeout")
         return limits
 
     # What must hold between them
@@ -319,12 +320,8 @@ class BackendReader:
 
     def _check_relay(self, backend: BackendConfig, place: Place) -> None:
         listeners, endpoints = backend.listeners, backend.endpoints
-        for listener in () if listeners is FAILED else listeners:
-            if isinstance(listener.endpoint, (Udp, Unixgram)):
-                self.problems.add(place / "listen", f"{listener.endpoint}: {_LATER}")
-        for name, endpoint in () if endpoints is FAILED else endpoints.items():
-            if isinstance(endpoint, (Udp, Unixgram)):
-                self.problems.add(place / "endpoints" / name if name else place / "endpoint", f"{endpoint}: {_LATER}")
+        if endpoints is not FAILED and backend.ready is not FAILED:
+            self._check_ready(backend, place / "ready")
         if listeners is FAILED or endpoints is FAILED:
             return
         names = [listener.name for listener in listeners]
@@ -339,6 +336,41 @@ class BackendReader:
             self.problems.add(
                 place / "endpoints",
                 f"missing for {', '.join(lacking)}; allowed: one for each listener, or `endpoint` for the rest",
+            )
+        for listener in listeners:
+            self._check_type(listener, endpoints, place)
+
+    def _check_type(self, listener: Listener, endpoints: dict[str, Endpoint], place: Place) -> None:
+        """Streams are relayed to a stream endpoint, datagrams to a datagram endpoint."""
+        endpoint = endpoints.get(listener.name) or endpoints.get("")
+        if endpoint is None or isinstance(listener.endpoint, Inherited):
+            return
+        wanted = is_datagram(listener.endpoint)
+        if is_datagram(endpoint) is not wanted:
+            own = listener.name in endpoints
+            schemes = "udp:, unixgram:" if wanted else "tcp:, unix:, vsock:, vsock-mux:"
+            alone = "" if own else f"; for this listener alone: endpoints.{listener.name}"
+            self.problems.add(
+                place / "endpoints" / listener.name if own else place / "endpoint",
+                f"{endpoint} takes {'streams' if wanted else 'datagrams'}, but listener {listener.name!r} is "
+                f"{listener.endpoint}; allowed: {schemes}{alone}",
+            )
+
+    def _check_ready(self, backend: BackendConfig, place: Place) -> None:
+        """Readiness is what an endpoint can be asked for; nothing can be connected to where datagrams are answered."""
+        datagrams = [is_datagram(endpoint) for endpoint in backend.endpoints.values()]
+        if not datagrams:
+            return
+        if all(datagrams) and isinstance(backend.ready, (Connect, Http)):
+            word = "connect (the default)" if isinstance(backend.ready, Connect) else "http"
+            self.problems.add(
+                place, f"{word} proves nothing of an endpoint for datagrams; allowed: udp with a datagram to send "
+                "(and what to expect), exec, notify, log; or delay, as a guess",
+            )  # fmt: skip
+        if not any(datagrams) and isinstance(backend.ready, Query):
+            self.problems.add(
+                place,
+                "udp asks endpoints for datagrams, and there is none; allowed: connect, http, exec, notify, log, delay",
             )
 
 

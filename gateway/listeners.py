@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Local, Tcp, bind_several, of_socket, set_rights
+from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Local, bind_several, of_socket, set_rights
 from gateway.config import Listener
 from gateway.upgrade import Estate, KeptSocket
 
@@ -214,7 +214,7 @@ def _explain(error: OSError, endpoint: Endpoint) -> str:
         return "the address is in use by another program, or the file is no socket"
     if error.errno == errno.EADDRINUSE:
         return "the address is in use, by another program or by another listener here"
-    if error.errno == errno.EACCES and isinstance(endpoint, Tcp) and endpoint.port < 1024:
+    if error.errno == errno.EACCES and isinstance(endpoint, Inet) and endpoint.port < 1024:
         return "no right to listen on a port below 1024; run it as root, with CAP_NET_BIND_SERVICE, or by socket activation"
     if error.errno == errno.EADDRNOTAVAIL:
         return "this machine has no such address"

@@ -24,6 +24,7 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from backends import environment
 from backends.base import Shared
 from backends.command import CommandFailed, run
 from gateway import __version__, logs, upgrade
@@ -220,8 +221,7 @@ class Server:
         async with self._reloading:
             if self._signals:
                 raise Stopping("the gateway is stopping")
-            environment = {upgrade.VARIABLE: upgrade.TRIAL}
-            await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env=environment)
+            await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env={upgrade.VARIABLE: upgrade.TRIAL})
             self.notifier.reloading()
             log.info("the version on the disk takes over")
             await asyncio.to_thread(logs.flush)
@@ -232,7 +232,8 @@ class Server:
             estate.left.shared = self.shared.hand_over(estate)
             estate.left.services = {name: service.hand_over(estate) for name, service in self.services.items()}
             try:
-                upgrade.replace(estate, self.notifier.environment)
+                limit = {environment.NOFILE_VARIABLE: str(environment.NOFILE)}
+                upgrade.replace(estate, {**self.notifier.environment, **limit})
             finally:
                 self.notifier.ready()
 

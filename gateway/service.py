@@ -300,6 +300,7 @@ class Service:
             received=tally.received if tally else 0,
             sent=tally.sent if tally else 0,
             refused=tally.refused if tally else 0,
+            dropped=tally.dropped if tally else 0,
             wakes=life.wakes if life else instances.total if instances else 0,
             last_wake=who.last_wake,
             start_took=life.start_took if life else 0.0,

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct, field
 
 from backends.endpoint import Endpoint
 from backends.probe import Readiness
-from backends.units import Duration
+from backends.units import Duration, Size
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
@@ -75,6 +75,12 @@ class Limits(Struct, frozen=True, gc=False):
     """for a connection to its endpoint"""
     idle_timeout: Duration | None = None
     """a connection without a byte in either direction for so long is cut; None: never"""
+    flow_timeout: Duration = seconds(30)
+    """datagrams of one client are a connection until there was none in either direction for so long"""
+    flow_datagrams: Count = 16
+    """kept for each client until it is ready"""
+    flow_bytes: Size = Size(1 << 20)
+    """kept for all clients together"""
 
 
 class GatewayOptions(Struct, frozen=True):

@@ -26,6 +26,8 @@ class BackendStatus(msgspec.Struct, frozen=True, omit_defaults=False):
     sent: int
     refused: int
     """clients that a limit turned away"""
+    dropped: int
+    """datagrams that were not delivered"""
     wakes: int
     last_wake: str
     start_took: float

@@ -255,6 +255,7 @@ class Workers:
         self.served[number] = say.Serve(
             number, config.name, config.digest, math.ceil(limits.connections / spread), math.ceil(limits.pending / spread),
             float(limits.connect_timeout), float(limits.idle_timeout or 0),
+            float(limits.flow_timeout), limits.flow_datagrams, math.ceil(limits.flow_bytes / spread),
         )  # fmt: skip
         self._send(self.served[number])
 
@@ -262,18 +263,18 @@ class Workers:
         """Accept on these sockets for a listener of the backend; the numbers are for `unlisten`.
 
         `address` says which listener it is to another control plane. One socket is shared by the workers, or belongs to
-        one of them if the backend is not spread; of several, each has its own.
+        one of them if the backend is not spread; of several, each has its own. A single datagram socket is not shared: all
+        datagrams of a client must come to the same worker.
         """
         numbers = []
         for index, sock in enumerate(sockets):
             number = self.adopted.numbers.get((backend, sock))
             if number is None:
                 number = self._next_listener = self._next_listener + 1
-            shared = len(sockets) == 1 and spread > 1
-            ear = Ear(
-                say.Listen(number, backend, name, address), sock,
-                None if shared else (index if spread > 1 else backend) % self.size,
-            )  # fmt: skip
+            alone = spread == 1 or (len(sockets) == 1 and sock.type == socket.SOCK_DGRAM)
+            shared = len(sockets) == 1 and not alone
+            place = None if shared else (backend if alone else index) % self.size
+            ear = Ear(say.Listen(number, backend, name, address), sock, place)
             self._ears[number] = ear
             numbers.append(number)
             for place, worker in enumerate(self._places):
@@ -386,7 +387,7 @@ def _sum(a: Tally | None, b: Tally) -> Tally:
         return b
     return Tally(
         a.backend, a.connections + b.connections, a.parked + b.parked, a.total + b.total,
-        a.received + b.received, a.sent + b.sent, a.refused + b.refused,
+        a.received + b.received, a.sent + b.sent, a.refused + b.refused, a.dropped + b.dropped,
     )  # fmt: skip
 
 

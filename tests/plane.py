@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import select
 import socket
 import subprocess
@@ -19,24 +20,29 @@ from tests.running import PATIENCE
 
 M = TypeVar("M", bound=say.Message)
 
-LIMITS: dict[str, Any] = {"connections": 10000, "pending": 10000, "connect_timeout": 5.0, "idle_timeout": 0.0}
+LIMITS: dict[str, Any] = {
+    "connections": 10000, "pending": 10000, "connect_timeout": 5.0, "idle_timeout": 0.0,
+    "flow_timeout": 30.0, "flow_datagrams": 16, "flow_bytes": 1 << 20,
+}  # fmt: skip
 
 
 class Plane:
     """One worker. `hear` waits for a message of a type, and keeps the others for later."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, limit: int | None = None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()), "-1", directory, "0"],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))),
             )
         self.link = Link(ours)
         self.heard: list[Any] = []
         self.listening: list[socket.socket] = []
         self.hello = self.hear(say.Hello)
+        self.count()  # once it answers, it has all the descriptors that it has at rest
 
     @property
     def pid(self) -> int:
@@ -65,7 +71,9 @@ class Plane:
 
     def _receive(self) -> None:
         while (datagram := self.link.receive()) is not None:
-            self.heard += datagram[0]
+            messages, fds = datagram
+            self.heard += messages
+            self.listening += [socket.socket(fileno=fd) for fd in fds]
 
     def count(self) -> dict[int, say.Tally]:
         self.send(say.Count(1))
@@ -73,10 +81,14 @@ class Plane:
 
     def serve(self, backend: int = 1, listen: str = "tcp://127.0.0.1:0", name: str = "", **limits: Any) -> Endpoint:
         """A backend with one listener; where that listens."""
+        self.send(say.Serve(backend, f"backend-{backend}", "", **{**LIMITS, **limits}))
+        return self.listen(backend, listen, name, 100 + backend)
+
+    def listen(self, backend: int, listen: str, name: str, listener: int) -> Endpoint:
+        """One more listener of a backend; where it listens."""
         sock = bind(parse(listen))
         self.listening.append(sock)
-        self.send(say.Serve(backend, f"backend-{backend}", "", **{**LIMITS, **limits}))
-        self.send(say.Listen(100 + backend, backend, name, listen), fds=[sock.fileno()])
+        self.send(say.Listen(listener, backend, name, listen), fds=[sock.fileno()])
         self.count()  # once it answers, it has taken the orders before
         return of_socket(sock)
 
@@ -91,9 +103,10 @@ class Plane:
 
 
 @contextlib.contextmanager
-def plane() -> Iterator[Plane]:
+def plane(limit: int | None = None) -> Iterator[Plane]:
+    """`limit`: how many descriptors the worker may have."""
     with tempfile.TemporaryDirectory() as directory:
-        running = Plane(directory)
+        running = Plane(directory, limit)
         try:
             yield running
             running.close()

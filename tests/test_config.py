@@ -21,9 +21,9 @@ import pytest
 
 import backends
 from backends.base import Backend, Capability, Exit, Status
-from backends.endpoint import Tcp, Udp, Unix, Vsock
+from backends.endpoint import Tcp, Udp, Unix, Unixgram, Vsock
 from backends.external import Action
-from backends.probe import Connect, Delay, Exec, Http, Log, Notify
+from backends.probe import Connect, Delay, Exec, Http, Log, Notify, Query
 from backends.units import Command, Duration, Size
 from gateway.backend import KEYS, Entry
 from gateway.config import (
@@ -204,7 +204,7 @@ def test_the_least_that_a_file_needs(tmp_path: Path) -> None:
     assert (web.start_timeout, web.stop_grace) == (60, 10)
     assert (web.directory, web.origin) == (tmp_path, f"{tmp_path}/dormant.yaml: backends.web")
     assert (web.idle.after, web.idle.min_uptime, web.idle.then, web.idle.stop_after) == (300, 0, Then.STOP, None)
-    assert msgspec.structs.astuple(web.limits) == (10000, 10000, 5, None)
+    assert msgspec.structs.astuple(web.limits) == (10000, 10000, 5, None, 30, 16, 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +277,24 @@ def test_other_deliveries_have_no_endpoint(delivery: Delivery, tmp_path: Path) -
 def test_datagrams_can_be_handed_over(tmp_path: Path) -> None:
     web = one("delivery: pass\nlisten: [udp://127.0.0.1:53, unixgram:a, tcp://127.0.0.1:53]", tmp_path)
     assert web.listeners[0].endpoint == Udp("127.0.0.1", 53)
+
+
+@pytest.mark.parametrize("ready", ["{udp: ping}", "{exec: x}", "notify", "{log: x}", "{delay: 1s}"])
+def test_datagrams_can_be_relayed(ready: str, tmp_path: Path) -> None:
+    web = one(f"listen: [udp://127.0.0.1:53, unixgram:a]\nendpoint: unixgram:b\nready: {ready}", tmp_path)
+    assert web.endpoints == {"": Unixgram(str(tmp_path / "b"))}
+    assert web.ready in (Query("ping"), Exec(Command(["x"])), Notify(), Log("x"), Delay(Duration(1)))
+    assert (web.limits.flow_timeout, web.limits.flow_datagrams, web.limits.flow_bytes) == (30, 16, 1 << 20)
+
+
+@pytest.mark.parametrize("ready", ["connect", "http", "{udp: ping}"])
+def test_streams_and_datagrams_have_an_endpoint_each(ready: str, tmp_path: Path) -> None:
+    web = one(
+        "listen: {dns: 'udp://127.0.0.1:53', web: 'tcp://127.0.0.1:53', given: 'fd://dns'}\n"
+        f"endpoint: tcp://127.0.0.1:54\nendpoints: {{dns: 'udp://127.0.0.1:54'}}\nready: {ready}",
+        tmp_path,
+    )
+    assert web.endpoints == {"": Tcp("127.0.0.1", 54), "dns": Udp("127.0.0.1", 54)}
 
 
 def test_an_external_backend(tmp_path: Path) -> None:

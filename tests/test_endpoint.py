@@ -126,6 +126,13 @@ def test_the_options_of_a_unix_socket_are_parsed() -> None:
     assert (endpoint.path, endpoint.mode, endpoint.owner, endpoint.group) == ("/a", 0o660, "root", "0")
 
 
+def test_a_directory_with_a_question_mark_is_refused() -> None:
+    with pytest.raises(AddressError, match=r"/srv/what\?/a has a '\?', where options begin"):
+        parse("unix:a", Path("/srv/what?"))
+    mux = parse("vsock-mux:a:80", Path("/srv/what?"))
+    assert parse(str(mux)) == mux
+
+
 def test_the_home_directory_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert parse("unix:~/a.sock", HERE) == Unix("/home/somebody/a.sock")

@@ -17,7 +17,7 @@ from gateway.plane import link as say
 from gateway.plane.link import LARGEST, MOST_FDS, AnyMessage, Link, LinkClosed, Message
 
 EXAMPLES: list[Message] = [
-    say.Serve(1, "blog", "abc", 100, 50, 5.0, 0.0),
+    say.Serve(1, "blog", "abc", 100, 50, 5.0, 0.0, 30.0, 16, 2**20),
     say.Listen(7, 1, "http", "tcp://*:80"),
     say.Unlisten(7, accept_waiting=True),
     say.Open(1, {"": "tcp://127.0.0.1:80", "db": "unix:/run/db é"}),

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from backends.endpoint import parse
 from tests.conftest import program
 from tests.mimic import command
 from tests.running import (
@@ -26,6 +27,7 @@ from tests.running import (
     gateway,
     receive_all,
 )
+from tests.test_datagram import client
 from tests.test_gateway import connect, greeting
 
 FINISHES_FIRST = """
@@ -191,6 +193,60 @@ def test_watches_again_after_a_kill(tmp_path: Path) -> None:
         running.wait_for_line("killed by signal 9")
         with connect(web["listen"]) as second:
             assert greeting(second) != pid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["udp", "unixgram"])
+def test_datagrams_wake_it_and_it_answers_by_itself(tmp_path: Path, scheme: str) -> None:
+    """The gateway sees no datagrams: without a connection it sleeps after `idle`, and the next datagram wakes it again."""
+    listen = f"udp://127.0.0.1:{free_port()}" if scheme == "udp" else f"unixgram:{tmp_path}/front"
+    name = "" if scheme == "unixgram" else None
+    with gateway(tmp_path, {"backends": {"web": passed(listen=listen)}}) as running:
+        with client(parse(listen), name) as sock, client(parse(listen), name) as other:
+            for turn in (1, 2):
+                for number in range(5):
+                    sock.send(b"%d" % number)
+                other.send(b"other")
+                assert [sock.recv(100) for _ in range(5)] == [b"%d" % number for number in range(5)]
+                assert other.recv(100) == b"other"
+                assert f"a client at {listen}" in running.wait_for_line("awake:", turn)
+                assert running.wait_state("web", "stopped")["wakes"] == turn
+
+
+@pytest.mark.slow
+def test_datagrams_and_streams_are_handed_over_together_and_a_connection_keeps_both(tmp_path: Path) -> None:
+    port = free_port()
+    listen = {"dns": f"udp://127.0.0.1:{port}", "dns-tcp": f"tcp://127.0.0.1:{port}"}
+    with gateway(tmp_path, {"backends": {"web": passed("--fd-report", listen=listen, idle="100ms")}}) as running:
+        with client(parse(listen["dns"])) as sock, connect(listen["dns-tcp"]) as stream:
+            pid = greeting(stream)
+            running.wait_for_line("fds 0,1,2,3,4 2 True dns:dns-tcp")
+            eventually(lambda: running.status("web")["connections"] == 1)
+            pause(0.3)
+            sock.send(b"question")
+            assert sock.recv(100) == b"question"
+            os.kill(pid, 0)
+        running.wait_state("web", "stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("code", "most"), [(0, 22), (1, 4)])
+def test_one_that_dies_with_a_datagram_in_the_queue_is_backed_off(tmp_path: Path, code: int, most: int) -> None:
+    """It is not spun, nor is the gateway; and the datagram that waits is answered when it starts after all."""
+    cure, count = tmp_path / "cure", tmp_path / "starts"
+    script = f"echo $$$$ >>{count}; test -e {cure} || exit {code}; exec {shlex.join(command('--inherit'))}"
+    listen = f"udp://127.0.0.1:{free_port()}"
+    with gateway(tmp_path, {"backends": {"web": passed(command=["sh", "-c", script], listen=listen)}}) as running:
+        with client(parse(listen)) as sock:
+            sock.send(b"first")
+            running.wait_for_line("before the next start")
+            used, settled = cpu(running.pid), starts(count)
+            pause(0.8)
+            assert cpu(running.pid) - used < 0.1
+            assert starts(count) <= settled + 1
+            cure.touch()
+            assert sock.recv(100) == b"first"
+        assert starts(count) <= most
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ import pytest
 
 from backends import probe
 from backends.base import Exited, Setup, Shared, StartFailed
-from backends.endpoint import Endpoint, Tcp, Unix, bind, parse
+from backends.endpoint import Endpoint, Tcp, Unix, bind, of_socket, parse
 from backends.output import Output
-from backends.probe import KINDS, Connect, Delay, Exec, Http, Log, Notify, Probed, Readiness
+from backends.probe import KINDS, Connect, Delay, Exec, Http, Log, Notify, Probed, Query, Readiness
 from backends.process import Process, ProcessOptions
 from backends.units import Command, Duration, decode
 from tests import mimic
@@ -70,6 +70,8 @@ async def first(troubles: list[str]) -> str:
     [
         ("connect", {}, Connect()),
         ("http", {"path": "/health", "status": 204, "host": "a.example"}, Http("/health", 204, "a.example")),
+        ("udp", {"send": "ping"}, Query("ping", "")),
+        ("udp", {"send": "hex:00 ff", "expect": "hex:0a"}, Query("hex:00 ff", "hex:0a")),
         ("exec", {"command": "true x", "timeout": "1s"}, Exec(Command(("true", "x")), Duration(1))),
         ("notify", {}, Notify()),
         ("log", {"pattern": "ready$"}, Log("ready$")),
@@ -87,6 +89,10 @@ def test_each_kind_is_parsed(kind: str, value: dict[str, Any], expected: Readine
         ("http", {"path": "/a b"}, "is not a path"),
         ("http", {"path": "/\r\nX: y"}, "is not a path"),
         ("http", {"status": 99}, "99 is not an HTTP status"),
+        ("udp", {}, "missing required field `send`"),
+        ("udp", {"send": "hex:0"}, "'hex:0' does not go on in hexadecimal digits such as hex:00ff"),
+        ("udp", {"send": "x", "expect": "hex:xy"}, "does not go on in hexadecimal digits"),
+        ("udp", {"send": "x" * 65508}, "is longer than a datagram, 65507 bytes"),
         ("log", {"pattern": "("}, "is not a regular expression"),
         ("exec", {"command": []}, "is not a command"),
         ("delay", {"time": "soon"}, "is not a duration"),
@@ -311,6 +317,90 @@ async def test_what_is_not_http_is_trouble(tmp_path: Path, answer: bytes) -> Non
             await waiting
 
 
+# udp
+
+
+async def test_udp_waits_for_an_answer_of_every_datagram_endpoint(start: Start, tmp_path: Path) -> None:
+    udp, unix, tcp = parse(f"udp://localhost:{free_port()}"), parse(f"unixgram:{tmp_path}/s"), Tcp("localhost", 1)
+    address = str(udp).replace("localhost", "127.0.0.1")
+    backend = await start("--listen", address, readiness=Query("ping"), dns=udp, local=unix, web=tcp)
+    waiting = asyncio.create_task(backend.ready())
+    async with asyncio.timeout(PATIENCE):
+        while backend.trouble != f"{unix}: No such file or directory":
+            await asyncio.sleep(0.001)
+    assert not waiting.done()
+    with bind(unix) as sock:
+        await _answered(sock, b"pong")
+        found = await asyncio.wait_for(waiting, PATIENCE)
+    assert found.pop("web") in (Tcp("127.0.0.1", 1), Tcp("::1", 1))  # resolved, although nobody listens there
+    assert found == {"dns": parse(address), "local": unix}
+    await backend.stop(PATIENCE)
+
+
+async def _answered(sock: socket.socket, *answers: bytes) -> list[bytes]:
+    """Answer as many questions, which are returned."""
+    loop = asyncio.get_running_loop()
+    questions = []
+    for answer in answers:
+        question, sender = await asyncio.wait_for(loop.sock_recvfrom(sock, 65536), PATIENCE)
+        questions.append(question)
+        sock.sendto(answer, sender)
+    return questions
+
+
+async def test_udp_where_nobody_listens_is_refused(tmp_path: Path) -> None:
+    troubles: list[str] = []
+    endpoint = parse(f"udp://127.0.0.1:{free_port()}")
+    waiting = asyncio.create_task(probe.wait(Query("x"), probed(tmp_path, troubles, _=endpoint)))
+    assert await first(troubles) == f"{endpoint}: Connection refused"
+    with bind(endpoint) as sock:
+        await _answered(sock, b"")
+        assert await asyncio.wait_for(waiting, PATIENCE) == {"": endpoint}
+
+
+async def test_udp_asks_again_until_the_answer_is_the_expected_one(tmp_path: Path) -> None:
+    troubles: list[str] = []
+    with bind(parse("udp://127.0.0.1:0")) as sock:
+        endpoint = of_socket(sock)
+        query = Query("hex:0001ff", "hex:0a0b")
+        waiting = asyncio.create_task(probe.wait(query, probed(tmp_path, troubles, _=endpoint)))
+        questions = await _answered(sock, b"", b"\x0b\x0a", b"..\x0a\x0b..")
+        assert await asyncio.wait_for(waiting, PATIENCE) == {"": endpoint}
+    assert questions == [b"\0\x01\xff"] * 3
+    assert f"{endpoint}: 'hex:0a0b' is not in its answer" in troubles
+
+
+@pytest.mark.parametrize("address", ["udp://127.0.0.1:0", "unixgram:s"])
+async def test_udp_hears_a_late_answer(tmp_path: Path, address: str) -> None:
+    """The answer to a question that was asked again meanwhile."""
+    loop = asyncio.get_running_loop()
+    troubles: list[str] = []
+    with bind(parse(address, tmp_path)) as sock:
+        endpoint = of_socket(sock)
+        waiting = asyncio.create_task(probe.wait(Query("x"), probed(tmp_path, troubles, _=endpoint)))
+        _, sender = await asyncio.wait_for(loop.sock_recvfrom(sock, 65536), PATIENCE)
+        assert await first(troubles) == f"{endpoint}: no answer"
+        sock.sendto(b"late", sender)
+        assert await asyncio.wait_for(waiting, PATIENCE) == {"": endpoint}
+
+
+async def test_udp_goes_on_when_its_questions_are_not_read(tmp_path: Path) -> None:
+    """Ten fill the queue of a Unix socket."""
+    troubles: list[str] = []
+    with bind(parse("unixgram:s", tmp_path)) as sock:
+        waiting = asyncio.create_task(probe.wait(Query("x"), probed(tmp_path, troubles, _=of_socket(sock))))
+        with contextlib.suppress(BlockingIOError), bind(parse("unixgram:other", tmp_path)) as other:
+            other.connect(str(tmp_path / "s"))
+            while True:
+                other.send(b"y")
+        await first(troubles)
+        data = b"y"
+        while data == b"y":
+            data, sender = await asyncio.wait_for(asyncio.get_running_loop().sock_recvfrom(sock, 10), PATIENCE)
+        sock.sendto(b"", sender)
+        await asyncio.wait_for(waiting, PATIENCE)
+
+
 # The others
 
 
@@ -372,6 +462,17 @@ async def test_what_can_never_work_fails_at_once(tmp_path: Path, start: Start) -
     with pytest.raises(StartFailed, match=r"`http` is not possible at udp://127\.0\.0\.1:1"):
         await asyncio.wait_for(backend.ready(), PATIENCE)
     await backend.stop(PATIENCE)
+    for readiness, endpoint in ((Connect(), "udp://127.0.0.1:1"), (Query("x"), "tcp://127.0.0.1:1")):
+        with pytest.raises(probe.Impossible, match=f"is not possible at {endpoint}"):
+            await probe.wait(readiness, probed(tmp_path, _=parse(endpoint)))
+
+
+async def test_connect_and_http_ask_the_stream_endpoints(start: Start, tmp_path: Path) -> None:
+    unix, udp = Unix(str(tmp_path / "s")), parse("udp://127.0.0.1:1")
+    for readiness in (Connect(), Http()):
+        backend = await start("--listen", unix, "--http", 200, readiness=readiness, web=unix, dns=udp)
+        assert await ready(backend) == {"web": unix, "dns": udp}
+        await backend.stop(PATIENCE)
 
 
 async def test_a_guest_that_the_driver_does_not_know_cannot_be_asked(start: Start) -> None:
@@ -404,6 +505,7 @@ async def test_an_error_of_one_endpoint_ends_the_probes_of_the_others(
     [
         Connect(),
         Http(),
+        Query("x"),
         Exec(Command(["false"])),
         Exec(Command(["sleep", "1000"])),
         Notify(),
@@ -412,7 +514,7 @@ async def test_an_error_of_one_endpoint_ends_the_probes_of_the_others(
     ],
 )
 async def test_death_ends_every_wait_at_once(start: Start, tmp_path: Path, readiness: Readiness) -> None:
-    endpoint = Unix(str(tmp_path / "s"))
+    endpoint = parse("unixgram:s" if isinstance(readiness, Query) else "unix:s", tmp_path)
     backend = await start("--say", "last words", "--exit-after", 0.05, readiness=readiness, _=endpoint)
     loop = asyncio.get_running_loop()
     begun = loop.time()
@@ -422,9 +524,14 @@ async def test_death_ends_every_wait_at_once(start: Start, tmp_path: Path, readi
     assert loop.time() - begun < 5
 
 
-@pytest.mark.parametrize("readiness", [Connect(), Http(), Exec(Command(["sleep", "9"])), Log("x"), Delay(Duration(99))])
+@pytest.mark.parametrize(
+    "readiness", [Connect(), Http(), Query("x"), Exec(Command(["sleep", "9"])), Log("x"), Delay(Duration(99))]
+)
 async def test_a_cancelled_wait_leaves_nothing(tmp_path: Path, readiness: Readiness) -> None:
-    looked_at = probed(tmp_path, a=Unix(str(tmp_path / "none")), b=Tcp("localhost", free_port()))
+    port = free_port()
+    streams = {"a": Unix(str(tmp_path / "none")), "b": Tcp("localhost", port)}
+    datagrams = {"c": parse("unixgram:none", tmp_path), "d": parse(f"udp://localhost:{port}")}
+    looked_at = probed(tmp_path, **streams, **datagrams)
     before = os.listdir("/proc/self/fd")
     for turns in (0, 1, 3, 10):
         waiting = asyncio.create_task(probe.wait(readiness, looked_at))

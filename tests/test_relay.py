@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import select
+import signal
 import socket
 import struct
 import threading
@@ -21,7 +22,7 @@ import pytest
 
 from backends.endpoint import Tcp, bind, of_socket
 from gateway.plane.loop import Loop
-from gateway.plane.relay import SIZE, End, Pipes, cut, join
+from gateway.plane.relay import BULK, SIZE, End, Pipes, cut, join
 from tests.relaying import DEADLINE, Relayed, relayed, stream
 from tests.running import eventually
 
@@ -374,6 +375,57 @@ def test_a_reset_while_the_other_side_is_full(line: Line) -> None:
         assert line.relay.load() < 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["client", "server"])
+def test_a_reset_while_both_directions_are_full(line: Line, by: str) -> None:
+    client, served = line.pair()
+    with client, served:
+        fill(client)
+        fill(served)
+        gone, left = (client, served) if by == "client" else (served, client)
+        reset(gone)
+        poll = select.poll()
+        poll.register(left, select.POLLRDHUP)
+        assert poll.poll(DEADLINE * 1000)
+
+
+# Urgent data: it is not passed on as such, tcp(7), and holds up nothing
+
+
+def test_what_comes_after_urgent_data_is_not_stuck(tmp_path: Path) -> None:
+    with a_line("tcp-tcp", tmp_path) as line:
+        client, served = line.pair()
+        with client, served:
+            client.sendall(b"warm")
+            assert served.recv(10) == b"warm"
+            os.kill(line.relay.pid, signal.SIGSTOP)  # so that it finds all of it at once
+            client.sendall(b"abc")
+            client.send(b"!", socket.MSG_OOB)
+            client.sendall(b"def")
+            os.kill(line.relay.pid, signal.SIGCONT)
+            received = b""
+            while len(received) < 6:
+                received += served.recv(10)
+            assert received == b"abcdef"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_urgent_data_among_bulk_is_not_the_end(ends: bool) -> None:
+    with Pair(socket.AF_INET) as pair:
+        end = join(pair.loop, pair.near, pair.far, pair.owner)
+        end._full = BULK
+        pair.client.sendall(b"a" * 100)
+        pair.client.send(b"!", socket.MSG_OOB)
+        pair.client.sendall(b"b" * 100)
+        if ends:
+            pair.client.shutdown(socket.SHUT_WR)
+        pair.turn()
+        assert pair.served.recv(1000) == b"a" * 100 + b"b" * 100
+        if ends:
+            assert pair.served.recv(1) == b""
+        cut(end)
+
+
 # Many
 
 
@@ -538,16 +590,6 @@ def test_what_the_client_said_before_leaves_at_once(pair: Pair) -> None:
     pair.client.sendall(b"hello")
     join(pair.loop, pair.near, pair.far, pair.owner)
     assert pair.served.recv(10, socket.MSG_DONTWAIT) == b"hello"
-
-
-def test_a_client_that_the_loop_watches_already(pair: Pair) -> None:
-    pair.loop.add(pair.near.fileno(), pair.owner, select.EPOLLET)  # type: ignore[arg-type]
-    pair.client.sendall(b"1")
-    end = join(pair.loop, pair.near, pair.far, pair.owner, client_registered=True)
-    assert pair.loop.table == {pair.near.fileno(): end, pair.far.fileno(): end.peer}
-    pair.client.sendall(b"2")
-    pair.turn()
-    assert pair.served.recv(10) == b"12"
 
 
 def test_a_client_that_is_gone_before_the_relay_begins() -> None:

@@ -101,6 +101,7 @@ def test_it_refuses_what_is_wrong(case: str, validator: Any) -> None:
     [
         {}, {"idle": "never"}, {"idle": 30}, {"idle": None}, {"idle": {"after": "1m", "then": "freeze", "stop_after": "1h"}},
         {"ready": "http"}, {"ready": {"http": "/a"}}, {"ready": {"exec": {"command": ["a"], "timeout": 1}}},
+        {"ready": {"udp": {"send": "hex:00", "expect": "x"}}}, {"limits": {"flow_timeout": "1m", "flow_bytes": "64KiB"}},
         {"ready": {"delay": "2s"}}, {"listen": ["unix:/a", {"address": "unix:/b", "name": "b"}]},
         {"listen": {"a": "unix:/a", "b": {"address": "unix:/b", "backlog": 5}}}, {"limits": {"pending": "${PENDING}"}},
         {"env": {"A": 1, "B": "c"}}, {"umask": 18}, {"rlimits": {"nofile": [1, "unlimited"]}}, {"delivery": "${DELIVERY}"},
@@ -116,7 +117,7 @@ def test_it_takes_every_form(keys: dict[str, Any], validator: Any) -> None:
     [
         {"idel": "5m"}, {"idle": {"aftr": 1}}, {"idle": []}, {"ready": "exec"}, {"ready": {"http": "/", "delay": 1}},
         {"ready": {"htp": "/"}}, {"listen": []}, {"listen": {}}, {"listen": 80}, {"limits": {"pending": 0}},
-        {"limits": 5}, {"delivery": "rely"}, {"driver": "external"}, {"driver": "proces"}, {"env": {"A": []}},
+        {"ready": "udp"}, {"limits": 5}, {"delivery": "rely"}, {"driver": "external"}, {"driver": "proces"}, {"env": {"A": []}},
         {"endpoints": "unix:/a"}, {"start": "x"},
     ],
 )  # fmt: skip

@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     "gateway/status": "admin",
     "gateway/plane/__main__": "worker",
     "gateway/plane/dial": "worker",
+    "gateway/plane/flow": "datagram",
     "gateway/plane/gate": "worker",
     "gateway/plane/listener": "worker",
     "gateway/document": "config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -10,11 +11,17 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from backends.endpoint import parse
 from gateway.plane import link as say
-from tests.plane import Plane, Upstream, connect, plane
+from gateway.plane.dial import Failure, dial, target
+from gateway.plane.gate import Client, Gate, Settling
+from gateway.plane.loop import Loop
+from gateway.plane.worker import Worker
+from tests.plane import LIMITS, Plane, Upstream, connect, plane
 from tests.running import cpu, descriptors, eventually, receive_all
 
 RESET = struct.pack("ii", 1, 0)
@@ -84,6 +91,51 @@ def test_live_bytes_are_counted(worker: Plane) -> None:
             assert worker.count()[1].received == 5
 
 
+def test_counting_looks_once_at_each_connection() -> None:
+    """However many backends there are: nothing else moves meanwhile."""
+
+    class Table(dict[int, Any]):
+        looks = 0
+
+        def values(self) -> Any:
+            self.looks += 1
+            return super().values()
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        worker = Worker(theirs, "", 0)
+        for number in range(8):
+            worker.serve(say.Serve(number, f"backend-{number}", "", **LIMITS), [])
+            worker.gates[number].enter()
+        table = worker.loop.table = Table(worker.loop.table)
+        worker.count(say.Count(1), [])
+        worker.loop.close()
+    assert table.looks == 1
+
+
+def test_an_unexpected_error_shuts_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    dialled: list[Client] = []
+
+    def connect(client: Client) -> None:
+        dialled.append(client)
+        if len(dialled) == 1:
+            raise ZeroDivisionError
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    first, second = socket.socketpair()
+    with ours, theirs, first, second:
+        worker = Worker(theirs, "", 0)
+        monkeypatch.setattr(worker, "connect", connect)
+        worker.serve(say.Serve(1, "one", "", **LIMITS), [])
+        for sock in (first, second):
+            worker.admit(Client(worker.gates[1], "", sock, ""))
+        with pytest.raises(ZeroDivisionError):
+            worker.open(say.Open(1, {"": "tcp://127.0.0.1:1"}), [])
+        worker.open(say.Open(1, {"": "tcp://127.0.0.1:1"}), [])
+        worker.loop.close()
+    assert [client.sock for client in dialled] == [first, second]
+
+
 def test_close_answers_with_what_is_left(worker: Plane) -> None:
     address = worker.serve()
     with Upstream() as upstream:
@@ -116,8 +168,7 @@ def test_parked_client_that_resets_is_forgotten(worker: Plane) -> None:
     address = worker.serve()
     client = connect(address)
     worker.hear(say.Wake)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-    client.close()
+    reset(client)
     eventually(lambda: not worker.count().get(1) or worker.count()[1].parked == 0)
 
 
@@ -128,6 +179,56 @@ def test_parked_unix_client_that_closes_is_forgotten(worker: Plane, tmp_path: Pa
     assert worker.hear(say.Wake).source == f"pid {os.getpid()} uid {os.getuid()}"
     client.close()
     eventually(lambda: descriptors(worker.pid) == before)
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    sock.close()
+
+
+def test_parked_client_that_resets_while_it_is_dialled_in(worker: Plane, tmp_path: Path) -> None:
+    address, other = worker.serve(1, connect_timeout=0.1), worker.serve(2)
+    with Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint), Upstream() as upstream:
+        worker.open(2, upstream.endpoint)
+        worker.count()
+        open_files = descriptors(worker.pid)
+        client = connect(address)
+        worker.hear(say.Wake)
+        worker.open(1, full.endpoint)
+        worker.count()
+        reset(client)
+        with connect(other) as stranger, upstream.accept() as server:
+            eventually(lambda: worker.count()[1].connections == 0)
+            stranger.sendall(b"nothing to do with it")
+            assert server.recv(100) == b"nothing to do with it"
+        eventually(lambda: descriptors(worker.pid) == open_files)
+        assert (worker.count()[1].connections, worker.count()[1].parked) == (0, 0)
+
+
+def a_gate(loop: Loop) -> Gate:
+    limits = say.Serve(1, "one", "", 9, 9, 0.01, 0.0, 30.0, 16, 1 << 20)
+    return Gate(loop, limits, lambda message: None, Settling(loop, print))
+
+
+def test_a_dial_has_one_outcome(tmp_path: Path) -> None:
+    """Also when the outcome itself fails, and the loop asks it to give up."""
+    outcomes: list[str] = []
+
+    def outcome(client: Client, sock: object, *why: object) -> None:
+        outcomes.append(client.listener)
+        raise ValueError("by the test")
+
+    loop, errors = Loop(), []
+    loop.on_error = lambda source, error: (errors.append(error), loop.stop())
+    gate = a_gate(loop)
+    near, far = socket.socketpair()
+    with near, far, Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint):
+        dial(loop, Client(gate, "first", near, ""), target(full.endpoint), outcome)
+        assert len(gate.dials) == 1
+        loop.run()
+    loop.close()
+    assert outcomes == ["first"] and len(errors) == 1
+    assert not gate.dials
 
 
 def test_parked_half_closed_client_is_served(worker: Plane) -> None:
@@ -221,6 +322,18 @@ def test_silent_connection_is_cut_and_a_talking_one_is_not(worker: Plane) -> Non
             assert server.recv(100) == b"still here"
 
 
+@pytest.mark.parametrize("before", [0.0, 3600.0])
+def test_a_new_idle_timeout_is_for_those_who_are_there_already(worker: Plane, before: float) -> None:
+    address = worker.serve(idle_timeout=before)
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as silent, upstream.accept():
+            worker.hear(say.Busy)
+            worker.send(say.Serve(1, "backend-1", "", **{**LIMITS, "idle_timeout": 0.1}))
+            assert silent.recv(1) == b""
+            assert worker.hear(say.Limited).limit == "limits.idle_timeout"
+
+
 def test_listener_names_choose_the_endpoint(worker: Plane) -> None:
     address = worker.serve(name="db")
     with Upstream() as web, Upstream() as db:
@@ -228,6 +341,37 @@ def test_listener_names_choose_the_endpoint(worker: Plane) -> None:
         with connect(address) as client, db.accept() as server:
             client.sendall(b"select")
             assert server.recv(10) == b"select"
+
+
+@pytest.mark.parametrize("bad", ["tcp://[fe80::1%nosuch0]:80", "fd://web", "gopher://x"])
+def test_an_endpoint_that_is_no_good_is_left_out(worker: Plane, bad: str) -> None:
+    address = worker.serve(name="db")
+    other = worker.listen(1, "tcp://127.0.0.1:0", "web", 50)
+    with Upstream() as upstream, connect(address) as waiting:
+        worker.hear(say.Wake)
+        worker.send(say.Open(1, {"": str(upstream.endpoint), "db": bad}))
+        assert bad in worker.hear(say.Trouble).text
+        assert waiting.recv(1) == b""
+        assert worker.hear(say.Limited).limit == "endpoints: none for listener 'db'"
+        with connect(other) as client, upstream.accept() as server:
+            client.sendall(b"web")
+            assert server.recv(10) == b"web"
+
+
+def test_a_gate_opens_without_a_descriptor_to_spare(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream, connect(address) as client:
+        client.sendall(b"waits")
+        worker.hear(say.Wake)
+        before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+        used = set(map(int, os.listdir(f"/proc/{worker.pid}/fd")))
+        lowest_free = min(set(range(1000)) - used)
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+        worker.open(1, upstream.endpoint)
+        worker.count()
+        resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
+        with upstream.accept() as server:
+            assert server.recv(10) == b"waits"
 
 
 def test_full_backlog_costs_no_second(worker: Plane) -> None:
@@ -260,13 +404,52 @@ def test_unix_endpoint_with_a_full_backlog(worker: Plane, tmp_path: Path) -> Non
 def test_connect_timeout_has_its_name(worker: Plane, tmp_path: Path) -> None:
     address = worker.serve(connect_timeout=0.05)
     with Upstream(f"unix:{tmp_path}/up", backlog=0) as upstream, connect(upstream.endpoint):
+        worker.open(1, upstream.endpoint)
         with connect(address) as client:
-            for _ in range(2):
-                worker.open(1, upstream.endpoint)
-                worker.hear(say.Refused)
-            worker.open(1, upstream.endpoint)
             assert client.recv(1) == b""
         assert worker.hear(say.Limited).limit == "limits.connect_timeout"
+        # It is alive, only slow: nobody is to look after it, and the next client is dialled in.
+        assert worker.said_nothing_of(say.Refused)
+        upstream.accept().close()
+        with connect(address) as client, upstream.accept() as server:
+            client.sendall(b"next")
+            assert server.recv(10) == b"next"
+
+
+def test_a_dial_of_an_earlier_opening_closes_no_gate(worker: Plane, tmp_path: Path) -> None:
+    """It was put off by a full backlog, the backend came back elsewhere, and then the old place was gone."""
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/old", backlog=0) as old, connect(old.endpoint), Upstream() as new:
+        worker.open(1, old.endpoint)
+        with connect(address) as client:
+            client.sendall(b"patient")
+            eventually(lambda: 1 in (count := worker.count()) and count[1].connections == 1)
+            worker.open(1, new.endpoint)
+            worker.count()
+            os.unlink(tmp_path / "old")
+            with new.accept() as server:
+                assert server.recv(10) == b"patient"
+        assert worker.said_nothing_of(say.Refused)
+
+
+def test_ports_that_run_out_do_not_close_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every port of ours to that address is taken: that passes, and the backend has nothing to do with it."""
+    codes = [errno.EADDRNOTAVAIL, errno.EADDRNOTAVAIL, errno.ENOENT]
+    monkeypatch.setattr("gateway.plane.dial.attempt", lambda where: (None, codes.pop(0)))
+    outcomes: list[Failure] = []
+
+    def outcome(client: Client, sock: object, failure: Failure) -> None:
+        outcomes.append(failure)
+        loop.stop()
+
+    loop = Loop()
+    near, far = socket.socketpair()
+    with near, far:
+        dial(loop, Client(a_gate(loop), "", near, ""), target(parse("tcp://127.0.0.1:1")), outcome)
+        assert not outcomes
+        loop.run()
+    loop.close()
+    assert outcomes == [Failure(os.strerror(errno.ENOENT), gone=True)]
 
 
 def test_unlisten_takes_in_who_waits_already(worker: Plane) -> None:
@@ -293,6 +476,25 @@ def test_cut_closes_everything_of_one_backend_only(worker: Plane) -> None:
             assert client.recv(1) == b""
             safe.sendall(b"alive")
             assert server.recv(10) == b"alive"
+
+
+def test_cut_ends_what_is_being_dialled_in(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/up", backlog=0) as full, connect(full.endpoint):
+        worker.open(1, full.endpoint)
+        worker.count()
+        open_files = descriptors(worker.pid)
+        with connect(address) as client:
+            eventually(lambda: 1 in (count := worker.count()) and count[1].connections == 1)
+            worker.send(say.Cut(1))
+            assert client.recv(1) == b""
+        full.accept().close()
+        worker.hear(say.Quiet)
+        assert worker.count()[1].connections == 0
+        assert descriptors(worker.pid) == open_files
+        full.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            full.accept()
 
 
 def test_forgotten_backend_lives_until_its_last_connection(worker: Plane) -> None:
@@ -324,6 +526,41 @@ def test_descriptors_run_out_and_come_back(worker: Plane) -> None:
         assert cpu(worker.pid) - used < 0.5
         for client in clients:
             client.close()
+
+
+def test_clients_leave_descriptors_for_orders_and_backends() -> None:
+    with plane(limit=80) as worker, Upstream() as upstream:
+        many, other = worker.serve(1), worker.serve(2)
+        clients = [connect(many) for _ in range(100)] + [connect(other) for _ in range(2)]
+        assert "few descriptors" in worker.hear(say.Trouble).text
+        assert worker.count()[1].parked < 60
+        third = worker.serve(3)  # an order with a descriptor
+        worker.open(1, upstream.endpoint)
+        for _ in range(10):  # and sockets to the backend
+            upstream.accept().close()
+        for client in clients:
+            client.close()
+        with connect(third):
+
+            def third_is_in() -> bool:
+                worker.send(say.Cut(1), say.Cut(2))
+                return 3 in worker.count()
+
+            eventually(third_is_in)
+
+
+def test_the_same_trouble_is_said_once_in_a_while(worker: Plane) -> None:
+    addresses = [worker.serve(number) for number in range(1, 6)]
+    before = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (descriptors(worker.pid), before[1]))
+    clients = [connect(address) for address in addresses]
+    worker.hear(say.Trouble)
+    time.sleep(0.2)
+    assert worker.said_nothing_of(say.Trouble)
+    worker.hear(say.Trouble)  # but it is not forgotten
+    resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
+    for client in clients:
+        client.close()
 
 
 def test_worker_ends_when_the_control_plane_is_gone() -> None:
@@ -381,3 +618,18 @@ def test_vsock_mux_that_does_not_say_ok(worker: Plane, tmp_path: Path, answer: b
             else:
                 server.close()
             assert "OK" in worker.hear(say.Refused).error
+
+
+def test_vsock_mux_that_gives_half_an_answer(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with Upstream(f"unix:{tmp_path}/mux") as mux:
+        worker.open(1, f"vsock-mux:{tmp_path}/mux:52")
+        with connect(address) as client, mux.accept() as server:
+            server.recv(100)
+            server.sendall(b"OK 12")
+            worker.count()
+            used = cpu(worker.pid)
+            time.sleep(0.2)
+            assert cpu(worker.pid) - used < 0.1
+            server.sendall(b"34\nbanner")
+            assert client.recv(100) == b"banner"

@@ -7,6 +7,7 @@ client before the connection stands, so a refused client can be parked again as 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import select
@@ -20,13 +21,32 @@ from gateway.plane.gate import Client
 from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import RESET
 
-CAPACITY_ERRORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+TRIES = 3
+"""How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
+
+CAPACITY_ERRORS = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC, errno.EADDRNOTAVAIL}
+)
+"""This machine has no descriptor, memory or port left; that passes, and says nothing of the backend."""
+
+GONE = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
+"""Nobody listens there. All else may be a backend that is alive, but slow or far."""
+
 FIRST_RETRY = 0.002  # seconds
 LONGEST_RETRY = 0.05
 STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
-Outcome = Callable[[Client, "Socket | None", str], None]
-"""Gets the client and the connected socket, or None and the reason."""
+
+class Failure(NamedTuple):
+    why: str
+    gone: bool
+    """nobody listens there"""
+
+
+TOO_SLOW = Failure("limits.connect_timeout", False)
+
+Outcome = Callable[[Client, "Socket | None", "Failure | None"], None]
+"""Gets the client and the connected socket, or why there is none."""
 
 
 class Target(NamedTuple):
@@ -34,6 +54,8 @@ class Target(NamedTuple):
 
     family: int
     address: Any
+    stream: bool
+    """else datagrams go there (`gateway.plane.datagram`)"""
     tcp: bool
     near: bool
     """on this machine"""
@@ -44,17 +66,21 @@ class Target(NamedTuple):
 
 
 def target(endpoint: Endpoint) -> Target:
-    """Raises ValueError for an endpoint that no stream can be dialled to."""
-    if isinstance(endpoint, Inherited) or endpoint.type != socket.SOCK_STREAM:
+    """Raises ValueError or OSError for an endpoint that cannot be dialled."""
+    if isinstance(endpoint, Inherited):
         raise ValueError(f"{endpoint} cannot be dialled")
     near = isinstance(endpoint, Inet) and (endpoint.host.startswith("127.") or endpoint.host == "::1")
     mux_port = endpoint.port if isinstance(endpoint, VsockMux) else None
-    may_meet_itself = near and isinstance(endpoint, Tcp) and endpoint.port in _own_ports()
-    return Target(endpoint.family, endpoint.sockaddr, isinstance(endpoint, Tcp), near, mux_port, may_meet_itself)
+    may_meet_itself = near and isinstance(endpoint, Inet) and endpoint.port in own_ports()
+    stream = endpoint.type == socket.SOCK_STREAM
+    return Target(
+        endpoint.family, endpoint.sockaddr, stream, isinstance(endpoint, Tcp), near, mux_port, may_meet_itself
+    )
 
 
-def _own_ports() -> range:
-    """The ports that the kernel gives to sockets that connect, ip(7)."""
+@functools.cache
+def own_ports() -> range:
+    """The ports that the kernel gives to sockets that connect, ip(7). Read once: later there may be no descriptor for it."""
     with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
         first, last = map(int, file.read().split())
     return range(first, last + 1)
@@ -64,7 +90,7 @@ def dial(loop: Loop, client: Client, where: Target, outcome: Outcome) -> None:
     """Connect; on the same machine the outcome usually comes before this returns."""
     sock, code = attempt(where)
     if code == 0 and where.mux_port is None:
-        outcome(client, sock, "")
+        outcome(client, sock, None)
     else:
         Dial(loop, client, where, outcome).attempted(sock, code)
 
@@ -107,13 +133,13 @@ class Dial:
         self.loop = loop
         self.client = client
         self.where = where
-        self.outcome = outcome
+        self.outcome: Outcome | None = outcome
         self.sock: Socket | None = None
         self.asked = False
         self.deadline = loop.now() + client.gate.limits.connect_timeout
         self.gap = FIRST_RETRY
         self.timer: Timer | None = None
-        client.gate.dialling += 1
+        client.gate.dials.add(self)
 
     def attempted(self, sock: Socket | None, code: int) -> None:
         if sock is None:
@@ -138,14 +164,20 @@ class Dial:
             self.loop.discard(sock)
             self._failed(code or errno.ENOTCONN)
 
+    def cancel(self) -> Client:
+        """There will be no outcome: the client is the caller's again."""
+        self._give_up()
+        self.outcome = None
+        self.client.gate.dials.discard(self)
+        return self.client
+
     def abort(self) -> None:
-        if self.sock is not None:
-            self.loop.discard(self._release())
-        self._finish(None, "internal error")
+        self._give_up()
+        self._finish(None, Failure("internal error", False))
 
     def _stands(self, sock: Socket) -> None:
         if self.where.mux_port is None:
-            self._finish(sock, "")
+            self._finish(sock, None)
             return
         # vsock-mux: ask for the port, and wait for the line that says OK. The request fits any socket buffer.
         self.asked = True
@@ -155,7 +187,8 @@ class Dial:
             sock.close()
             self._failed(error.errno or 0)
             return
-        self._watch(sock, select.EPOLLIN, self._left())
+        # Edge-triggered: half an answer stays in the socket and would be reported again and again.
+        self._watch(sock, select.EPOLLIN | select.EPOLLET, self._left())
 
     def _read_answer(self, sock: Socket) -> None:
         """Take the line `OK <number>` and not a byte more: what follows belongs to the client."""
@@ -168,34 +201,46 @@ class Dial:
         line, newline, _ = seen.partition(b"\n")
         if newline and re.fullmatch(rb"OK \d+", line):
             sock.recv(len(line) + 1)
-            self._finish(self._release(), "")
+            self._finish(self._release(), None)
         elif newline or not seen or not b"OK ".startswith(seen[:3]) or len(seen) == 64:
             self.loop.discard(self._release())
-            self._finish(None, "the vsock multiplexer did not answer OK")
+            self._finish(None, Failure("the vsock multiplexer did not answer OK", True))
 
     def _failed(self, code: int) -> None:
         """Full backlogs and a lack of descriptors pass; nobody wakes us then, so a timer does."""
         if code in CAPACITY_ERRORS or (code == errno.EAGAIN and self.where.family == socket.AF_UNIX):
             self.timer = self.loop.later(min(self._next_gap(), self._left()), self._retry)
         else:
-            self._finish(None, os.strerror(code))
+            self._finish(None, Failure(os.strerror(code), code in GONE))
 
-    def _retry(self) -> None:
+    def _give_up(self) -> None:
         if self.sock is not None:
             self.loop.discard(self._release())
+        elif self.timer is not None:
+            self.timer.cancel()
+
+    def _retry(self) -> None:
+        self._give_up()
         if self._left() <= 0:
-            self._finish(None, "limits.connect_timeout")
+            self._finish(None, TOO_SLOW)
         else:
             self.asked = False
             self.attempted(*attempt(self.where))
 
-    def _finish(self, sock: Socket | None, why: str) -> None:
-        self.client.gate.dialling -= 1
-        self.outcome(self.client, sock, why)
+    def _finish(self, sock: Socket | None, failure: Failure | None) -> None:
+        outcome, self.outcome = self.outcome, None
+        if outcome is not None:  # `abort` may come after it
+            self.client.gate.dials.discard(self)
+            outcome(self.client, sock, failure)
 
     def _watch(self, sock: Socket, mask: int, patience: float) -> None:
+        try:
+            self.loop.add(sock.fileno(), self, mask)
+        except OSError as error:
+            sock.close()
+            self._failed(error.errno or errno.ENOMEM)
+            return
         self.sock = sock
-        self.loop.add(sock.fileno(), self, mask)
         self.timer = self.loop.later(patience, self._retry)
 
     def _release(self) -> Socket:

@@ -1,7 +1,8 @@
 """The gate of one backend in one worker: open with endpoints, or closed with clients parked before it.
 
 Counterpart: `gateway.activation` orders it open and closed; `gateway.plane.worker` leads clients to it. The gate counts and
-tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel.
+tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel. Flows of datagrams
+wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import SocketType as Socket
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.plane.link import Busy, Limited, Message, Quiet, Serve, Serving, Tally, Wake
-from gateway.plane.loop import Loop
-from gateway.plane.relay import End, cut
+from gateway.plane.loop import Loop, Timer
+from gateway.plane.relay import End, Owner, cut
 
 SETTLE = 0.1
 """Seconds that a gate must be quiet before it is said, so that short connections in a row cost the control plane nothing."""
@@ -24,10 +25,51 @@ LIMIT_LOG_GAP = 1.0
 """Seconds between two reports of one limit."""
 
 
+class Waiting(Protocol):
+    """Who waits for a backend."""
+
+    @property
+    def source(self) -> str:
+        """Who it is, for people."""
+
+
+class Dialling(Protocol):
+    """A connect that is under way."""
+
+    def cancel(self) -> Client:
+        """Stop it; whose it was."""
+
+
+class Door(Protocol):
+    """A datagram socket, with the flows of its clients."""
+
+    @property
+    def last(self) -> Waiting | None:
+        """The flow that began to wait last."""
+
+    def release(self) -> None:
+        """The gate has opened: deliver what waits."""
+
+    def reject(self) -> None:
+        """The start failed: drop what waits."""
+
+    def cut(self) -> None:
+        """End all flows."""
+
+    def timeout_changed(self) -> None:
+        """`limits.flow_timeout` is another one from now on."""
+
+
+def inet_name(peer: Any) -> str:
+    """A socket address of IPv4 or IPv6, for people."""
+    host, port = peer[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Client:
     """An accepted connection that is not relayed yet. Parked, it waits for nothing but being hung up."""
 
-    __slots__ = ("fd", "gate", "listener", "peer", "registered", "sock", "tries")
+    __slots__ = ("dialled_under", "fd", "gate", "listener", "peer", "sock", "tries")
 
     def __init__(self, gate: Gate, listener: str, sock: Socket, peer: Any) -> None:
         self.gate = gate
@@ -35,7 +77,8 @@ class Client:
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
-        self.registered = False
+        self.dialled_under: dict[str, Any] | None = None
+        """the gate's endpoints at the last try"""
         self.tries = 0
 
     def event(self, mask: int) -> None:
@@ -54,8 +97,7 @@ class Client:
     def source(self) -> str:
         """Who it is, for people."""
         if self.sock.family in (socket.AF_INET, socket.AF_INET6):
-            host, port = self.peer[:2]
-            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            return inet_name(self.peer)
         if self.sock.family == socket.AF_UNIX:
             try:
                 pid, uid, _ = struct.unpack("iII", self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
@@ -69,9 +111,9 @@ class Gate:
     """See the module. `tell` sends a message to the control plane."""
 
     __slots__ = (
-        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dialling", "endpoints",
-        "forgotten", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent", "settling", "tell",
-        "total",
+        "_idle", "_limited", "_limited_timer", "_sweep", "_told_busy", "_woke", "connections", "dials", "doors", "dropped",
+        "endpoints", "forgotten", "kept", "limits", "loop", "opened", "parked", "quiet_since", "received", "refused", "sent",
+        "settling", "tell", "total", "waiting",
     )  # fmt: skip
 
     def __init__(self, loop: Loop, limits: Serve, tell: Callable[[Message], None], settling: Settling) -> None:
@@ -82,16 +124,22 @@ class Gate:
         self.endpoints: dict[str, Any] | None = None
         self.opened: dict[str, str] = {}
         self.parked: dict[int, Client] = {}
+        self.doors: tuple[Door, ...] = ()
+        """the datagram sockets before it"""
+        self.waiting = 0
+        """flows of datagrams that wait at the doors"""
+        self.kept = 0
+        """bytes of the datagrams that are kept for them"""
         self.connections = 0
-        self.dialling = 0
+        self.dials: set[Dialling] = set()
         """connects that did not succeed at once"""
-        self.total = self.received = self.sent = self.refused = 0
+        self.total = self.received = self.sent = self.refused = self.dropped = 0
         self.quiet_since = 0.0
         self.forgotten = False
         self._told_busy = False
         self._woke = False
         self._idle: dict[End, tuple[int, float]] = {}
-        self._sweep = False
+        self._sweep: Timer | None = None
         self._limited: dict[str, tuple[int, str]] | None = None
         self._limited_timer = False
 
@@ -101,24 +149,25 @@ class Gate:
 
     # Clients
 
+    @property
+    def full(self) -> bool:
+        """Whether no more may wait."""
+        return self.awaited >= self.limits.pending
+
     def park(self, client: Client) -> None:
         """Keep the client unread until the gate opens; the first one wakes the backend."""
-        if len(self.parked) >= self.limits.pending:
+        if self.full:
             self.turn_away(client, "limits.pending")
             return
+        self.loop.add(client.fd, client, select.EPOLLET)
         self.parked[client.fd] = client
-        if client.registered:
-            self.loop.modify(client.fd, select.EPOLLET)
-        else:
-            self.loop.add(client.fd, client, select.EPOLLET)
-            client.registered = True
-        self._wake()
+        self.wake(client)
 
-    def _wake(self) -> None:
-        if self.endpoints is None and self.parked and not self._woke:
+    def wake(self, waiting: Waiting) -> None:
+        """Somebody waits: say so, once until the gate opens."""
+        if self.endpoints is None and not self._woke:
             self._woke = True
-            last = next(reversed(self.parked.values()))
-            self.tell(Wake(self.number, last.source))
+            self.tell(Wake(self.number, waiting.source))
 
     def turn_away(self, client: Client, limit: str) -> None:
         """Close a client because of a limit, which is named in the log."""
@@ -146,15 +195,37 @@ class Gate:
 
     # Orders
 
+    def limit(self, limits: Serve) -> None:
+        """Other limits from now on, also for who is here already."""
+        before, self.limits = self.limits, limits
+        if limits.idle_timeout != before.idle_timeout:
+            if self._sweep is not None:
+                self._sweep.cancel()
+                self._sweep = None
+            if self.connections:
+                self._arm_sweep()
+        if limits.flow_timeout != before.flow_timeout:
+            for door in self.doors:
+                door.timeout_changed()
+
     def open(self, endpoints: dict[str, Any], opened: dict[str, str]) -> None:
         """Open it; the caller connects the clients that are parked. `opened`: the endpoints as they were ordered."""
         self.endpoints = endpoints
         self.opened = opened
         self._woke = False
+        for door in self.doors:
+            door.release()
+
+    def leads_to(self, listener: str) -> Any:
+        """The target of a listener's clients, of the open gate; None where there is none."""
+        assert self.endpoints is not None
+        return self.endpoints[listener] if listener in self.endpoints else self.endpoints.get("")
 
     def unpark(self) -> Client:
-        """The client that has waited for longest."""
-        return self.parked.pop(next(iter(self.parked)))
+        """The client that has waited for longest. It is not watched: whoever dials for it finds out that it hung up."""
+        client = self.parked.pop(next(iter(self.parked)))
+        self.loop.remove(client.fd)
+        return client
 
     def close(self) -> None:
         self.endpoints = None
@@ -165,13 +236,20 @@ class Gate:
         parked, self.parked = self.parked, {}
         for client in parked.values():
             self.loop.discard(client.sock)
+        for door in self.doors:
+            door.reject()
         self.emptied()
 
     def cut(self) -> None:
-        """Close everything that is parked or relayed here."""
+        """Close everything that is parked, dialled in or relayed here."""
         self.reject()
+        for dial in tuple(self.dials):
+            self.loop.discard(dial.cancel().sock)
+            self.leave()
         for end in self.live():
             cut(end)
+        for door in self.doors:
+            door.cut()
 
     def live(self) -> list[End]:
         """The client side of each relayed connection. Looks through the table: for rare use."""
@@ -187,8 +265,7 @@ class Gate:
             self.settling.discard(self)
             if not self._told_busy:
                 self.tell_busy()
-            if self.limits.idle_timeout:
-                self._arm_sweep()
+            self._arm_sweep()
 
     def leave(self) -> None:
         """A connection is over, or was never made."""
@@ -219,6 +296,16 @@ class Gate:
             self._told_busy = False
             self.tell(Quiet(self.number, self.quiet_since))
 
+    @property
+    def used(self) -> bool:
+        """Whether there is anything to count."""
+        return bool(self.total or self.awaited or self.refused or self.dropped)
+
+    @property
+    def awaited(self) -> int:
+        """Clients and flows that wait."""
+        return len(self.parked) + self.waiting
+
     def serving(self) -> Serving:
         """What there is of it, for the next control plane."""
         opened = None if self.endpoints is None else self.opened
@@ -230,23 +317,27 @@ class Gate:
         if self.connections:
             self.tell_busy()
         self._woke = False
-        self._wake()
+        last = [next(reversed(self.parked.values()), None), *(door.last for door in self.doors)]
+        for waiting in filter(None, last):
+            self.wake(waiting)
 
-    def tally(self) -> Tally:
-        live = self.live() if self.connections else []
+    def tally(self, live: Sequence[End]) -> Tally:
+        """Its counters; `live`: its part of `live_by_gate`."""
         received = self.received + sum(end.moved for end in live)
         sent = self.sent + sum(end.peer_moved for end in live)
-        return Tally(self.number, self.connections, len(self.parked), self.total, received, sent, self.refused)
+        return Tally(
+            self.number, self.connections, self.awaited, self.total, received, sent, self.refused,
+            self.dropped,
+        )  # fmt: skip
 
     # limits.idle_timeout: no timestamp is taken in the data path; a sweep compares what was moved.
 
     def _arm_sweep(self) -> None:
-        if not self._sweep:
-            self._sweep = True
-            self.loop.later(self.limits.idle_timeout / 4, self._cut_idle)
+        if self._sweep is None and self.limits.idle_timeout:
+            self._sweep = self.loop.later(self.limits.idle_timeout / 4, self._cut_idle)
 
     def _cut_idle(self) -> None:
-        self._sweep = False
+        self._sweep = None
         now = self.loop.now()
         for end in self.live():
             moved = end.moved + end.peer_moved
@@ -260,6 +351,15 @@ class Gate:
             self._arm_sweep()
         else:
             self._idle.clear()
+
+
+def live_by_gate(loop: Loop) -> dict[Owner, list[End]]:
+    """The client sides of all relayed connections, in one look through the table."""
+    found: dict[Owner, list[End]] = {}
+    for end in loop.table.values():
+        if isinstance(end, End) and end.client:
+            found.setdefault(end.owner, []).append(end)
+    return found
 
 
 class Settling:

@@ -50,10 +50,17 @@ class Serve(Message, frozen=True):
     """seconds"""
     idle_timeout: float
     """seconds; 0: never"""
+    flow_timeout: float
+    """seconds"""
+    flow_datagrams: int
+    flow_bytes: int
 
 
 class Listen(Message, frozen=True):
-    """Accept on the descriptor that comes along, for this backend. Nothing happens for a number that is known."""
+    """Serve the socket that comes along, for this backend: accept on it, or relay its datagrams.
+
+    Nothing happens for a number that is known.
+    """
 
     listener: int
     backend: int
@@ -215,6 +222,8 @@ class Tally(msgspec.Struct, frozen=True, array_like=True):
     """bytes to clients"""
     refused: int
     """clients that a limit turned away"""
+    dropped: int = 0
+    """datagrams that were not delivered"""
 
 
 class Counted(Message, frozen=True):

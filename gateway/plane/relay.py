@@ -39,7 +39,9 @@ SMALL = 16 << 10
 BUDGET = 4 << 20
 """Bytes that one direction may move before the others have their turn."""
 
-READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+READ = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
+"""PRI: a read stops at the mark of urgent data, tcp(7). So no short read is taken for the last one then."""
+
 READ_WRITE = READ | select.EPOLLOUT
 GONE = select.EPOLLHUP | select.EPOLLERR
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -181,6 +183,8 @@ class End:
             if self.over:
                 return
         if mask & ~select.EPOLLOUT:
+            if mask & select.EPOLLPRI:
+                self._spliceable = False  # at the mark it says EAGAIN, or the end, and more is there
             if not self._eof:
                 # Blocked, it is not read; an edge that comes now, a FIN perhaps, is found when it flows again, because
                 # then it is read to EAGAIN. Level-triggered, HUP and ERR would be reported for ever.
@@ -288,7 +292,9 @@ class End:
             return False
         self._piped = size
         if not size:
-            self._eof = True
+            # The end, or the mark of urgent data: a read tells.
+            self._return_pipe()
+            self._full = 0
         return True
 
     def _flush(self) -> bool:
@@ -364,18 +370,18 @@ class End:
         peer = self.peer
         self._eof = peer._shut = True
         if peer._blocked:
-            return  # goes on by EPOLLOUT, meets its end of file, and cuts
-        if peer._eof:
+            # Its reader is this socket, which may itself wait for us to read from it, and that is over: neither would go on.
+            cut(self, reset=True)
+        elif peer._eof:
             cut(self, reset)
         else:
             peer._pump()
 
 
-def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner, client_registered: bool = False) -> End:
+def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner) -> End:
     """Relay between two connected, non-blocking stream sockets, which are the relay's from now on; the client's End.
 
-    `client_registered`: the loop watches the client already, for somebody else. The pair may be over when this returns;
-    `owner.ended` has been called then.
+    The pair may be over when this returns; `owner.ended` has been called then.
     """
     end = End(loop, client, upstream, owner, True)
     peer = End(loop, upstream, client, owner, False)
@@ -388,11 +394,7 @@ def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner, cli
     if end.over:
         return end
     try:
-        if client_registered:
-            loop.table[end.fd] = end
-            loop.modify(end.fd, READ_WRITE if end._armed else READ)
-        else:
-            loop.add(end.fd, end, READ_WRITE if end._armed else READ)
+        loop.add(end.fd, end, READ_WRITE if end._armed else READ)
         loop.add(peer.fd, peer, READ_WRITE if peer._armed else READ)
     except OSError:  # ENOMEM, ENOSPC (fs.epoll.max_user_watches): it could never go on
         cut(end, reset=True)

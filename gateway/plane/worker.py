@@ -3,6 +3,8 @@
     accept -> gate open:   connect -> relay
            -> gate closed: park, wake; when it opens: connect -> relay
 
+Clients that send datagrams are served beside, by `gateway.plane.datagram`, before the same gates.
+
 Counterpart: `gateway.workers` in the control plane starts this process and gives the orders, over the link. A worker knows
 of each backend only whether its gate is open, and where it is dialled. It starts nothing and decides nothing about
 sleep. A warm connection never talks to the control plane; without one, open gates stay open and clients of closed ones
@@ -23,23 +25,24 @@ from collections.abc import Iterable, Sequence
 from socket import SocketType as Socket
 from typing import Any, ClassVar
 
-from backends.endpoint import AddressError, parse
+from backends.endpoint import parse
 from gateway.plane import link as say
-from gateway.plane.dial import dial, target
-from gateway.plane.gate import Client, Gate, Settling
+from gateway.plane.datagram import DatagramListener
+from gateway.plane.dial import TRIES, Failure, Target, dial, own_ports, target
+from gateway.plane.gate import Client, Gate, Settling, live_by_gate
 from gateway.plane.link import Link, LinkClosed
-from gateway.plane.listener import Listener
+from gateway.plane.listener import Listener, Room
 from gateway.plane.loop import Loop, Timer
 from gateway.plane.relay import join
 from gateway.plane.rendezvous import Rendezvous
-
-TRIES = 3
-"""How often a client is dialled in before it is closed. Each time its backend had answered a probe a moment ago."""
 
 MOST_DIALS = 64
 """Connects under way to one backend. Where more are needed it does not keep up: the others stay parked, and cost nothing."""
 
 TALLIES_IN_A_MESSAGE = 1000
+
+TROUBLE_GAP = 1.0
+"""Seconds between two reports of the same trouble."""
 
 
 class Worker:
@@ -54,10 +57,14 @@ class Worker:
         self.patience: Timer | None = None
         self.retiring = False
         self.gates: dict[int, Gate] = {}
-        self.listeners: dict[int, Listener] = {}
+        self.listeners: dict[int, Listener | DatagramListener] = {}
         self.settling = Settling(self.loop, self.settled)
+        self.room = Room(self.loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.letting_in = False
+        self.troubles: dict[str, float] = {}
+        """what was said a moment ago, and when"""
         self.rendezvous = Rendezvous(self.loop, rendezvous, path, self.met) if rendezvous >= 0 else None
+        own_ports()
         self.linked(sock)
 
     # A connection
@@ -65,7 +72,7 @@ class Worker:
     def admit(self, client: Client) -> None:
         """A listener accepted a client."""
         gate = client.gate
-        if gate.endpoints is None or gate.parked or gate.dialling >= MOST_DIALS:
+        if gate.endpoints is None or gate.parked or len(gate.dials) >= MOST_DIALS:
             gate.park(client)
         else:
             self.connect(client)
@@ -73,38 +80,42 @@ class Worker:
     def connect(self, client: Client) -> None:
         """The gate is open: dial the backend."""
         gate = client.gate
-        assert gate.endpoints is not None
         if gate.connections >= gate.limits.connections:
             gate.turn_away(client, "limits.connections")
             return
-        where = gate.endpoints.get(client.listener) or gate.endpoints.get("")
-        if where is None:
+        where = gate.leads_to(client.listener)
+        if where is None or not where.stream:
             gate.turn_away(client, f"endpoints: none for listener {client.listener!r}")
             return
         gate.enter()
         client.tries += 1
+        client.dialled_under = gate.endpoints
         dial(self.loop, client, where, self.dialled)
 
-    def dialled(self, client: Client, upstream: Socket | None, why: str) -> None:
+    def dialled(self, client: Client, upstream: Socket | None, failure: Failure | None) -> None:
         """The backend took the connection, or did not."""
         gate = client.gate
         if upstream is not None:
-            join(self.loop, client.sock, upstream, gate, client.registered)
-        else:
+            join(self.loop, client.sock, upstream, gate)
+        elif failure is not None:
             gate.leave()
-            self.not_taken(client, why)
+            self.not_taken(client, failure)
         if gate.parked:
             self.let_in(gate)
 
-    def not_taken(self, client: Client, why: str) -> None:
-        """It died a moment ago, perhaps. The client must not pay for that: it waits while the control plane looks."""
+    def not_taken(self, client: Client, failure: Failure) -> None:
+        """It died a moment ago, perhaps. The client must not pay for that: it waits while the control plane looks.
+
+        A backend that does not keep up is not dead. And a dial that began before the gate was opened anew tells nothing
+        of what is there since then.
+        """
         gate = client.gate
-        if client.tries >= TRIES:
-            gate.turn_away(client, why)
+        if client.tries >= TRIES or not failure.gone:
+            gate.turn_away(client, failure.why)
             return
-        if gate.endpoints is not None:
+        if gate.endpoints is not None and gate.endpoints is client.dialled_under:
             gate.close()
-            self.tell(say.Refused(gate.number, why))
+            self.tell(say.Refused(gate.number, failure.why))
         gate.park(client)
 
     def let_in(self, gate: Gate) -> None:
@@ -112,9 +123,11 @@ class Worker:
         if self.letting_in:
             return
         self.letting_in = True
-        while gate.parked and gate.endpoints is not None and gate.dialling < MOST_DIALS:
-            self.connect(gate.unpark())
-        self.letting_in = False
+        try:
+            while gate.parked and gate.endpoints is not None and len(gate.dials) < MOST_DIALS:
+                self.connect(gate.unpark())
+        finally:
+            self.letting_in = False
 
     # Orders
 
@@ -123,15 +136,18 @@ class Worker:
         if gate is None:
             self.gates[order.backend] = Gate(self.loop, order, self.tell, self.settling)
         else:
-            gate.limits = order
+            gate.limit(order)
 
     def listen(self, order: say.Listen, fds: list[int]) -> None:
-        fd = fds.pop(0)
+        sock = socket.socket(fileno=fds.pop(0))
         if order.listener in self.listeners:
-            os.close(fd)
+            sock.close()
             return
         gate = self.gates[order.backend]
-        self.listeners[order.listener] = Listener(self.loop, fd, gate, order, self.admit, self.trouble)
+        if sock.type == socket.SOCK_DGRAM:
+            self.listeners[order.listener] = DatagramListener(self.loop, sock, gate, order)
+        else:
+            self.listeners[order.listener] = Listener(self.loop, sock, gate, order, self.room, self.admit, self.trouble)
 
     def unlisten(self, order: say.Unlisten, fds: list[int]) -> None:
         listener = self.listeners.pop(order.listener, None)
@@ -142,12 +158,14 @@ class Worker:
         gate = self.gates.get(order.backend)
         if gate is None:  # it came when this worker was retiring already
             return
-        try:
-            endpoints = {name: target(parse(address)) for name, address in order.endpoints.items()}
-        except (AddressError, ValueError) as error:
-            self.trouble(f"{gate.limits.name}: {error}")
-            gate.reject()
-            return
+        endpoints: dict[str, Target | None] = {}
+        for name, address in order.endpoints.items():
+            # One that is no good is left out: its clients are turned away by that name, and do not wait for ever.
+            try:
+                endpoints[name] = target(parse(address))
+            except (OSError, ValueError) as error:
+                endpoints[name] = None
+                self.trouble(f"{gate.limits.name}: {address}: {error}")
         gate.open(endpoints, order.endpoints)
         self.let_in(gate)
 
@@ -173,7 +191,8 @@ class Worker:
             self.drop_forgotten(gate)
 
     def count(self, order: say.Count, fds: list[int]) -> None:
-        tallies = [gate.tally() for gate in self.gates.values() if gate.total or gate.parked or gate.refused]
+        live = live_by_gate(self.loop)
+        tallies = [gate.tally(live.get(gate, ())) for gate in self.gates.values() if gate.used]
         while len(tallies) > TALLIES_IN_A_MESSAGE:
             self.tell(say.Counted(order.serial, tallies[:TALLIES_IN_A_MESSAGE], more=True))
             del tallies[:TALLIES_IN_A_MESSAGE]
@@ -205,7 +224,7 @@ class Worker:
         self.end_if_done()
 
     def end_if_done(self) -> None:
-        if self.retiring and not any(gate.connections or gate.parked for gate in self.gates.values()):
+        if self.retiring and not any(gate.connections or gate.awaited for gate in self.gates.values()):
             self.end()
 
     def end(self) -> None:
@@ -292,7 +311,12 @@ class Worker:
             self.loop.modify(self.link.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def trouble(self, text: str) -> None:
-        self.tell(say.Trouble(text))
+        """Say it to people, who do not want to read the same again at once."""
+        now = self.loop.now()
+        self.troubles = {text: when for text, when in self.troubles.items() if now - when < TROUBLE_GAP}
+        if text not in self.troubles:
+            self.troubles[text] = now
+            self.tell(say.Trouble(text))
 
     def broken(self, source: object, error: BaseException) -> None:
         self.trouble(f"unexpected error in {type(source).__name__}: {error!r}")
