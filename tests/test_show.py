@@ -15,7 +15,7 @@ from gateway.status import BackendStatus, GatewayStatus
 WEB = BackendStatus(
     name="web", driver="process", delivery="relay", state="stopped", since=90.0,
     listeners={"listen": "tcp://127.0.0.1:80"}, endpoints={}, connections=0, waiting=0, total=0, received=0, sent=0,
-    refused=0, wakes=0, last_wake="", start_took=0.0, ready_took=0.0, sleeps_in=None, held_for=None, memory=None,
+    refused=0, dropped=0, wakes=0, last_wake="", start_took=0.0, ready_took=0.0, sleeps_in=None, held_for=None, memory=None,
     cpu=None, last_error="", retry_in=None,
 )  # fmt: skip
 HEADINGS = [

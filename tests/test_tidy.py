@@ -17,16 +17,19 @@ SCRIPTS = Path(sys.executable).parent
 
 TESTED_ELSEWHERE = {
     "gateway/__main__": "cli",
-    "gateway/admin": "admin",
+    "gateway/adoption": "upgrade",
     "gateway/client": "cli",
     "gateway/server": "gateway",
     "gateway/service": "gateway",
+    "gateway/states": "activation",
     "gateway/status": "admin",
+    "gateway/worker_process": "workers",
     "gateway/plane/__main__": "worker",
     "gateway/plane/dial": "worker",
     "gateway/plane/flow": "datagram",
     "gateway/plane/gate": "worker",
     "gateway/plane/listener": "worker",
+    "gateway/plane/rendezvous": "upgrade",
     "gateway/document": "config",
     "gateway/parsing": "config",
     "gateway/problems": "config",
@@ -36,6 +39,7 @@ TESTED_ELSEWHERE = {
     "backends/environment": "process",
     "backends/notifications": "probe",
     "backends/nursery": "spawner",
+    "backends/offspring": "spawner",
     "backends/pipe": "process",
     "backends/usage": "process",
 }
