@@ -14,8 +14,8 @@ The calls on one backend never overlap, except `wait` and `status`, and `stop`, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
+import logging
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -32,6 +32,8 @@ from backends.probe import Readiness
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 class BackendError(Exception):
     """Something expected went wrong with a backend. Logged as one line, without a traceback.
@@ -39,24 +41,16 @@ class BackendError(Exception):
     BackendError
     ├── StartFailed    it could not be started: no such program, image, unit; no right to
     ├── Exited         it ended while it was still needed
-    ├── NotReady       it runs, but did not answer in time (raised by the gateway, with the last probe's error)
     └── CommandFailed  a helper program failed (backends.command)
     """
 
-    reason: ClassVar[str] = "backend_error"
-    """A word for counters and logs, the same for every instance of the class."""
-
 
 class StartFailed(BackendError):
-    reason = "start_failed"
-
-
-class NotReady(BackendError):
-    reason = "not_ready"
+    """There is nothing to wait for."""
 
 
 class Exited(BackendError):
-    reason = "exited"
+    """There is nothing to wait for any more."""
 
     def __init__(self, exit: Exit, lines: Sequence[str] = ()) -> None:
         self.exit = exit
@@ -187,8 +181,11 @@ class Shared:
 
     async def close(self) -> None:
         while self._services:
-            _, service = self._services.popitem()
-            await service.close()
+            kind, service = self._services.popitem()
+            try:
+                await service.close()
+            except Exception:  # the others are closed all the same
+                log.exception("%s could not be closed", kind.__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +215,7 @@ class Backend(ABC):
     """Of the driver, or of one backend where its options decide."""
 
     stop_slack: float = 30.0
-    """Seconds that `stop` may take beyond its grace before it is given up."""
+    """Seconds that `stop` may take beyond its `grace`, until the gateway takes it for stuck and gives up on it."""
 
     trouble: str = ""
     """The error of the last readiness probe, for the message that it did not become ready in time."""
@@ -274,6 +271,9 @@ class Backend(ABC):
     async def status(self) -> Status:
         """One look, no waiting for a change. Raises BackendError when it cannot be told."""
 
+    def presume(self) -> None:  # noqa: B027 - for most there is nothing to presume
+        """Clients were let in to it a moment ago: where it cannot be asked whether it runs, it does."""
+
     async def serve(self, connection: socket.socket, environment: Mapping[str, str]) -> Exit:
         """Run one instance with the connection as its stdin and stdout until it ends (Capability.ACCEPT).
 
@@ -325,5 +325,7 @@ async def unless(end: Awaitable[Exit], waiting: Awaitable[T], error: Callable[[E
     finally:
         for future in (ended, wanted):
             future.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await future
+        await asyncio.wait({ended, wanted})  # not one by one: who waits here may be cancelled as well
+        for future in (ended, wanted):
+            if not future.cancelled():
+                future.exception()

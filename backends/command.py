@@ -14,7 +14,6 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from backends.base import BackendError, Exit
 from backends.environment import inherited
@@ -23,13 +22,11 @@ from backends.pipe import Pipe
 
 KEPT_OUTPUT = 1 << 20  # bytes of stdout that are returned; what is beyond them is not
 SHOWN_LINES = 10
-SHOWN_WORDS = 2  # of the command, in messages: the words that follow may be secrets
+SHOWN_WORDS = 1  # of the command, in messages: the words that follow may be secrets
 
 
 class CommandFailed(BackendError):
     """A helper could not be run, ended with another status than 0, or took too long."""
-
-    reason: ClassVar[str] = "command_failed"
 
     def __init__(self, command: Sequence[str], why: str, how: Exit | None = None, lines: Sequence[str] = ()) -> None:
         self.command = tuple(command)
@@ -111,32 +108,42 @@ async def _start(
             process.wait()
             raise
 
-    # In a thread, because Popen reads from a pipe until exec; as a task, because a thread cannot be cancelled.
-    starting = asyncio.get_running_loop().create_task(asyncio.to_thread(start), name=f"run {command[0]}")
+    # In a thread, because Popen reads from a pipe until exec. A thread cannot be cancelled, and it needs our pipes.
+    starting = asyncio.get_running_loop().run_in_executor(None, start)
     try:
         return await asyncio.shield(starting)
     except asyncio.CancelledError:
-        await _end(*await starting, timeout=0)
+        while not starting.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([starting])
+        with contextlib.suppress(OSError):
+            await _end(*starting.result(), timeout=0)
         raise
 
 
 async def _end(process: subprocess.Popen[bytes], pidfd: int, timeout: float) -> bool:
-    """Wait for its end and reap it; after `timeout` seconds, or when cancelled, kill its group. False: not in time."""
+    """Wait for its end and reap it; after `timeout` seconds, or when cancelled, kill its group. False: not in time.
+
+    Whoever is cancelled a second time does not wait for the end, but it is reaped all the same.
+    """
     loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(pidfd, ended.set)
-    in_time = True
-    try:
-        async with asyncio.timeout(timeout):
-            await ended.wait()
-    except TimeoutError:
-        in_time = False
-    finally:
-        if not ended.is_set():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # it is not reaped, so the group is its own
-            await ended.wait()
+    ended: asyncio.Future[None] = loop.create_future()
+
+    def reap() -> None:
         loop.remove_reader(pidfd)
         os.close(pidfd)
         process.wait()
-    return in_time
+        ended.set_result(None)
+
+    loop.add_reader(pidfd, reap)
+    try:
+        async with asyncio.timeout(timeout):
+            await asyncio.shield(ended)
+    except TimeoutError:
+        return False
+    finally:
+        if not ended.done():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # it is not reaped, so the group is its own
+            await asyncio.shield(ended)
+    return True

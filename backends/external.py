@@ -64,6 +64,9 @@ class External(Backend):
         super().__init__(options, setup)
         self._start, self._stop, self._status = map(action, (options.start, options.stop, options.status))
         self._stopped = asyncio.Event()
+        self._half_started = False
+        if self._stop is not None:
+            self.stop_slack += self._stop.timeout
         self.capabilities = Capability.ADOPT
         if self._start is None and self._stop is None:
             self.capabilities |= Capability.ALWAYS_ON
@@ -73,7 +76,9 @@ class External(Backend):
     async def start(self, sockets: Sequence[PassedSocket] = ()) -> None:
         self.output.begin()
         self._stopped.clear()
+        self._half_started = True
         await self._do(self._start)
+        self._half_started = False
 
     async def wait(self) -> Exit:
         """As there is nothing to watch, this returns after `stop`, or a `status` that found it stopped."""
@@ -81,12 +86,16 @@ class External(Backend):
         return Exit()
 
     async def stop(self, grace: float) -> None:
-        """Run the `stop` command; then, with a `status` command, wait at most `grace` seconds until it is stopped."""
+        """Run the `stop` command; then, with a `status` command, wait at most `grace` seconds until it is stopped.
+
+        What `status` calls stopped is left alone, unless `start` has done only a part of its work.
+        """
         if Capability.ALWAYS_ON in self.capabilities:
             return
-        if await self.status() is Status.STOPPED:
+        if not self._half_started and await self.status() is Status.STOPPED:
             return
         await self._do(self._stop)
+        self._half_started = False
         clock = asyncio.get_running_loop().time
         deadline, gap = clock() + grace, FIRST_LOOK
         while self._status is not None and await self.status() is not Status.STOPPED:
@@ -95,6 +104,10 @@ class External(Backend):
             await asyncio.sleep(gap)
             gap = min(gap * 2, LONGEST_LOOK)
         self._stopped.set()
+
+    def presume(self) -> None:
+        if self._status is None:
+            self._stopped.clear()
 
     async def status(self) -> Status:
         if self._status is not None:

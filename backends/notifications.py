@@ -1,7 +1,7 @@
 """The NOTIFY_SOCKET of one backend: what it says about itself by sd_notify(3).
 
 Counterpart: a driver makes one before each start, puts `environment` into the backend's environment and says which
-processes belong to it; `backends.probe` waits for `ready`. Only READY= and STATUS= mean anything here.
+processes belong to it; `backends.probe` waits for `ready`. Only READY=1 means anything here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7): pid, uid, gid
 
 
 class Notifications:
-    """Owns the socket until `close`. Attributes change as messages come."""
+    """Owns the socket until `close`."""
 
     def __init__(
         self, belongs: Callable[[int, int], bool], path: Path | None = None, sock: socket.socket | None = None
@@ -32,7 +32,6 @@ class Notifications:
         Raises OSError.
         """
         self.ready = asyncio.Event()
-        self.status = ""
         self._belongs = belongs
         self._loop = asyncio.get_running_loop()
         self._socket = sock or _bound(path)
@@ -72,12 +71,8 @@ class Notifications:
             os.close(descriptor)
 
     def _take(self, data: bytes) -> None:
-        for line in data.decode(errors="replace").splitlines():
-            key, _, value = line.partition("=")
-            if key == "STATUS":
-                self.status = value
-            elif key == "READY" and value == "1":
-                self.ready.set()
+        if b"READY=1" in data.splitlines():
+            self.ready.set()
 
 
 def _bound(path: Path | None) -> socket.socket:

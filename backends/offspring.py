@@ -53,8 +53,8 @@ class Offspring:
         self._gone.set()
 
 
-def run_python(arguments: Sequence[str], fd: int, environment: Mapping[str, str] | None = None) -> Offspring:
-    """Run Python with these arguments in a session of its own, with our stderr; it inherits `fd`. Raises OSError.
+def run_python(arguments: Sequence[str], fds: Sequence[int], environment: Mapping[str, str] | None = None) -> Offspring:
+    """Run Python with these arguments in a session of its own, with our stderr; it inherits `fds`. Raises OSError.
 
     Takes a fraction of a millisecond. -P: nothing in the current folder can pass for a module.
     """
@@ -64,7 +64,10 @@ def run_python(arguments: Sequence[str], fd: int, environment: Mapping[str, str]
             sys.executable,
             [sys.executable, "-P", *arguments],
             os.environ if environment is None else environment,
-            file_actions=[*((os.POSIX_SPAWN_DUP2, null, stdio) for stdio in (0, 1)), (os.POSIX_SPAWN_DUP2, fd, fd)],
+            file_actions=[
+                *((os.POSIX_SPAWN_DUP2, null, stdio) for stdio in (0, 1)),
+                *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds),
+            ],
             setsid=True,
             setsigmask=[],
         )

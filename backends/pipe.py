@@ -10,7 +10,7 @@ import asyncio
 import os
 from collections.abc import Callable
 
-CHUNK = 64 << 10  # bytes; also what Linux keeps in a pipe
+CHUNK = 16 << 10  # bytes in one turn of the loop: each line costs time, and others wait for their turn
 LAST_CHUNKS = 16  # read after the end, so that somebody who still writes cannot keep us
 
 

@@ -16,14 +16,14 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Tcp, Unix, VsockMux, is_datagram, resolve
+from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Tcp, Unix, Vsock, VsockMux, is_datagram, resolve
 from backends.notifications import Notifications
 from backends.output import Output
 from backends.units import Command, Duration
@@ -157,6 +157,9 @@ async def wait(readiness: Readiness, probed: Probed) -> Mapping[str, Endpoint]:
 
     Cancelling leaves nothing behind. Raises Impossible.
     """
+    for endpoint in probed.endpoints.values():
+        if isinstance(endpoint, Vsock) and endpoint.cid == "guest":
+            raise Impossible(f"{endpoint} is not possible with this driver, which knows no guest")
     match readiness:
         case Connect():
             streams = _askable(probed, "connect", _is_stream)
@@ -201,12 +204,23 @@ def _is_stream(endpoint: Endpoint) -> bool:
 
 
 async def _each(
-    probed: Probed, asked: Collection[Endpoint], ask: Callable[[Endpoint], Awaitable[Endpoint]]
+    probed: Probed, asked: Collection[Endpoint], ask: Callable[[Endpoint], Coroutine[Any, Any, Endpoint]]
 ) -> Mapping[str, Endpoint]:
-    """Ask about all endpoints at a time; of those that are not asked, the first address is taken."""
-    answers = await asyncio.gather(
-        *(ask(endpoint) if endpoint in asked else _found(endpoint, probed) for endpoint in probed.endpoints.values())
-    )
+    """Ask about all endpoints at a time; of those that are not asked, the first address is taken.
+
+    An error of one ends the others.
+    """
+    loop = asyncio.get_running_loop()
+    asking = [
+        loop.create_task(ask(each) if each in asked else _found(each, probed), name=f"probe of {each}")
+        for each in probed.endpoints.values()
+    ]
+    try:
+        answers = await asyncio.gather(*asking)
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
     return dict(zip(probed.endpoints, answers, strict=True))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import grp
+import logging
 import os
 import pwd
 import re
@@ -25,14 +26,16 @@ import msgspec
 
 from backends import usage
 from backends.base import Backend, Capability, Estate, Exit, PassedSocket, Setup, StartFailed, Status, Usage
-from backends.environment import BACKEND, inherited
+from backends.environment import BACKEND, NOFILE, inherited
 from backends.notifications import Notifications
 from backends.nursery import Launch
 from backends.output import Output
 from backends.pipe import Pipe
 from backends.probe import Notify, Probed
 from backends.spawner import Child, Spawner
-from backends.units import Command, Size
+from backends.units import Command, Duration, Size
+
+log = logging.getLogger(__name__)
 
 RLIMITS = sorted(name[7:].lower() for name in dir(resource) if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE")
 Limit = int | str
@@ -205,10 +208,16 @@ class Run:
         return run
 
     def _belongs(self, pid: int, uid: int) -> bool:
-        """Whether a message is the backend's own. A sender that is gone already cannot be asked, but its user can."""
+        """Whether a message is the backend's own.
+
+        Anybody can give himself the mark of a descendant, so the user must be right as well. The main process may have
+        changed its user since. A sender that is gone already cannot be asked, but its user can.
+        """
         if self.child is None:
             return False
-        return self.child.owns(pid) or (uid == self.child.uid and not _exists(pid))
+        if pid == self.child.pid:
+            return True
+        return uid in (0, self.child.uid) and (self.child.owns(pid) or not _exists(pid))
 
 
 def _exists(pid: int) -> bool:
@@ -232,7 +241,12 @@ class Process(Backend):
         self._instances: set[Instance] = set()
 
     async def start(self, sockets: Sequence[PassedSocket] = ()) -> None:
-        """Return as soon as the program runs. The sockets become blocking ones, for the gateway's copies as well."""
+        """Return as soon as the program runs. The sockets become blocking ones, for the gateway's copies as well.
+
+        What the former life left, beyond its main process, is gone before: it may hold a port, and has last words.
+        """
+        if self._child is not None and self._child.dead:
+            await self._child.wait()
         self.output.begin()
         run = self._run = Run(open_pipe(self.output), isinstance(self.setup.readiness, Notify))
         try:
@@ -257,6 +271,7 @@ class Process(Backend):
         if "/" in program:
             program = str(directory / program)
         configured = {name: str(value) for name, value in options.env.items()}
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         env = inherited(account.environment, {BACKEND: self.setup.name}, *additions, configured)
         return Launch(
             argv=[os.fsencode(word) for word in (program, *arguments)],
@@ -266,7 +281,7 @@ class Process(Backend):
             uid=account.uid,
             gid=account.gid,
             groups=account.groups,
-            rlimits=parse_rlimits(options.rlimits),
+            rlimits={"nofile": (min(NOFILE, hard), hard)} | parse_rlimits(options.rlimits),
         )
 
     def _probed(self) -> Probed:
@@ -290,6 +305,8 @@ class Process(Backend):
             async with asyncio.timeout(grace):
                 await child.wait()
         except TimeoutError:
+            who = {"backend": self.setup.name}
+            log.warning("stop_grace: it has not ended after %s; killed", Duration(grace), extra=who)
             child.signal(signal.SIGKILL)
             await child.wait()
 

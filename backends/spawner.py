@@ -188,7 +188,7 @@ class Nest:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                process = run_python([PROGRAM, str(theirs.fileno()), str(token)], theirs.fileno())
+                process = run_python([PROGRAM, str(theirs.fileno()), str(token)], [theirs.fileno()])
             except BaseException:
                 ours.close()
                 raise

@@ -45,7 +45,7 @@ class Duration(float):
         raise ValueError(f"{value!r} is not {cls.expected}")
 
     def __str__(self) -> str:
-        if self < 1:
+        if round(self * 1000) < 1000:
             return f"{round(self * 1000)}ms" if self else "0s"
         if self < 60:
             return f"{round(float(self), 1):g}s"

@@ -25,7 +25,7 @@ from gateway.upgrade import KeptLife
 
 log = logging.getLogger(__name__)
 
-BY_HAND = "held by hand"
+BY_HAND = "a hold"
 
 
 class Gate(Protocol):
@@ -134,9 +134,12 @@ class Activation:
     def hold(self, seconds: float | None) -> None:
         """Wake it and keep it awake for so long, None: until released."""
         self.held_until = float("inf") if seconds is None else self._loop.time() + seconds
+        log.info("held %s", "until released" if seconds is None else f"for {Duration(seconds)}", extra=self._who)
         self.wake_now(BY_HAND)
 
     def release(self) -> None:
+        if self.held_until is not None:
+            log.info("released", extra=self._who)
         self.held_until = None
         self._poked()
 
@@ -184,6 +187,8 @@ class Activation:
         status = Status.STOPPED
         if self._after is not None:
             await asyncio.wait({self._after})
+        if endpoints is not None:
+            self.backend.presume()
         try:
             status = await self.backend.status()
         except (BackendError, OSError) as error:
@@ -219,12 +224,13 @@ class Activation:
             ready_took=self.ready_took, awake_for=self._loop.time() - self.awake_since,
         )  # fmt: skip
 
-    def take_over(self, kept: KeptLife) -> None:
-        """Go on where the replaced control plane was."""
+    def take_over(self, kept: KeptLife, resume: bool) -> None:
+        """Know what the replaced control plane knew; with `resume`, lead on the life that it led."""
         self.wakes, self.last_wake, self.last_error = kept.wakes, kept.last_wake, kept.last_error
         self.start_took, self.ready_took = kept.start_took, kept.ready_took
-        self.resume(State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()})
-        self.awake_since -= kept.awake_for
+        if resume:
+            self.resume(State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()})
+            self.awake_since -= kept.awake_for
 
     # What it tells
 
@@ -492,6 +498,11 @@ class Activation:
         self.backoff.ended(self._loop.time(), uptime, clean)
         if clean:
             log.info("asleep: it ended by itself after %s", Duration(uptime), extra=self._who)
+            if self.gate.sockets and self.backoff.until > self._loop.time():
+                log.warning(
+                    "it keeps ending at once: does it accept on the sockets that it is handed (LISTEN_FDS)?",
+                    extra=self._who,
+                )
         else:
             self.last_error = f"died: {exit}"
             lines = "".join(f"\n    {line}" for line in self.backend.output.fresh(5))

@@ -64,7 +64,7 @@ class Admin:
         try:
             self._listening = self.server.listeners.open(Listener(name="admin", endpoint=Unix(self.path, mode=0o600)))
         except ListenError as error:
-            raise ListenError(f"the admin socket: {error}") from error
+            raise ListenError(f"the admin socket: {error}; gateway.admin names another path") from error
         self._runner = web.AppRunner(
             application(self.server),
             access_log=None,
@@ -165,7 +165,7 @@ class Api:
 
     async def start(self, request: web.Request) -> web.Response:
         life = self._service(request).lives()
-        life.wake_now("started by hand")
+        life.wake_now("dormant start")
         await self.server.until(lambda: life.state is State.READY or life.asleep)
         if life.state is not State.READY:
             return _json({"error": life.last_error or "it was stopped again"}, 502)

@@ -10,11 +10,12 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from backends.offspring import Offspring
 from gateway.plane import link as say
@@ -23,6 +24,7 @@ from gateway.worker_process import ANSWER_DEADLINE, Worker
 
 log = logging.getLogger(__name__)
 
+BACKLOG = 4
 RETRY = 0.02  # seconds until a worker is asked again that has not seen the end of its old link yet
 
 
@@ -33,6 +35,36 @@ class Found:
     worker: Worker
     serving: list[say.Serving] = field(default_factory=list)
     held: list[tuple[say.Held, socket.socket]] = field(default_factory=list)
+
+
+class Rendezvous:
+    """The socket at which a worker can be found that is about to start; see `gateway.plane.rendezvous`.
+
+    It is there before the worker is, so that there is no moment in which the worker could not be found. A context manager:
+    afterwards it belongs to the worker, or is gone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Raises OSError."""
+        self.path = directory / f"{secrets.token_hex(8)}.sock"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            _at(self.path, self.socket.bind)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.socket.listen(BACKLOG)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def belongs_to(self, pid: int) -> None:
+        self.path = self.path.rename(self.path.with_name(f"{pid}.sock"))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.socket.close()
+        if kind is not None:
+            self.path.unlink()
 
 
 async def find(directory: Path, drain: float, hear: Callable[[Worker, Any], None]) -> list[Found]:
@@ -46,7 +78,7 @@ async def find(directory: Path, drain: float, hear: Callable[[Worker, Any], None
 
 
 def _look(directory: Path) -> list[Path]:
-    with contextlib.suppress(OSError):  # then no worker can be found there, which each of them says
+    with contextlib.suppress(OSError):  # which is said when a worker starts
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return sorted(directory.glob("*.sock"))
 
@@ -62,13 +94,13 @@ async def _meet(path: Path, number: int, drain: float, hear: Callable[[Worker, A
                 undo.callback(link.close)
                 foreign = hello.version != say.VERSION
                 link.send(say.Retire(drain, sockets=True) if foreign else say.Tell())
-                serving, held = await _hear_out(link, foreign, undo)
+                serving, held, retiring = await _hear_out(link, foreign, undo)
                 worker = Worker(number, Offspring(hello.pid), link, hear)
         except (OSError, LinkClosed, TimeoutError) as error:
             log.error("the worker at %s cannot be taken over: %s", path, error or "no answer")
             return None
         undo.pop_all()
-    worker.foreign = worker.retiring = foreign
+    worker.foreign, worker.retiring = foreign, retiring
     return Found(worker, serving, held)
 
 
@@ -78,7 +110,7 @@ async def _greet(path: Path) -> tuple[Link, say.Hello] | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         link = Link(sock)
         try:
-            _connect(sock, path)
+            _at(path, sock.connect)
             (hello, *_), _ = await _next(link)
         except (ConnectionRefusedError, FileNotFoundError):
             link.close()
@@ -94,19 +126,19 @@ async def _greet(path: Path) -> tuple[Link, say.Hello] | None:
             return link, hello
 
 
-def _connect(sock: socket.socket, path: Path) -> None:
+def _at(path: Path, call: Callable[[str], None]) -> None:
     """By way of the folder's descriptor: the path may be longer than the 107 bytes that a Unix address takes."""
     folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
     try:
-        sock.connect(f"/proc/self/fd/{folder}/{path.name}")
+        call(f"/proc/self/fd/{folder}/{path.name}")
     finally:
         os.close(folder)
 
 
 async def _hear_out(
     link: Link, foreign: bool, undo: contextlib.ExitStack
-) -> tuple[list[say.Serving], list[tuple[say.Held, socket.socket]]]:
-    """Everything until Told or Retired. Raises LinkClosed."""
+) -> tuple[list[say.Serving], list[tuple[say.Held, socket.socket]], bool]:
+    """Everything until Told or Retired, and whether it is retiring. Raises LinkClosed."""
     serving, held = [], []
     while True:
         try:
@@ -122,7 +154,7 @@ async def _hear_out(
                 sock = undo.enter_context(socket.socket(fileno=fds.pop(0)))
                 held.append((message, sock))
             elif isinstance(message, (say.Told, say.Retired)):
-                return serving, held
+                return serving, held, isinstance(message, say.Retired) or message.retiring
 
 
 async def _next(link: Link) -> tuple[list[Any], list[int]]:

@@ -16,11 +16,12 @@ with 0 is meant that way; but one that never takes its client must not be spun."
 
 
 class Backoff:
-    __slots__ = ("failures", "quick_ends", "until")
+    __slots__ = ("_last_end", "failures", "quick_ends", "until")
 
     def __init__(self) -> None:
         self.until = 0.0
         """no start before this time"""
+        self._last_end = 0.0
         self.reset()
 
     def reset(self) -> None:
@@ -38,6 +39,9 @@ class Backoff:
         if uptime >= STEADY:
             self.reset()
             return
+        if now - max(self._last_end, self.until) > LONGEST:  # it could have been started since: not in a row
+            self.quick_ends = 0
+        self._last_end = now
         self.quick_ends += 1
         if self.quick_ends > (FREE_ENDS if clean else FREE_CRASHES):
             self.failed(now)

@@ -73,6 +73,8 @@ def _serve(loaded: config.Config, read: Callable[[], config.Config], log: str | 
         status = asyncio.run(serve(loaded, read))
     except ListenError as error:
         raise click.ClickException(str(error)) from error
+    finally:
+        logs.flush()
     sys.exit(status)
 
 
@@ -195,12 +197,15 @@ def _ask(work: Coroutine[Any, Any, T]) -> T:
 
 @main.command()
 @click.argument("names", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON; with --watch one line for each change.")
 @click.option("-w", "--watch", is_flag=True, help="Stay, and show each change.")
 @_socket_option
 def status(names: tuple[str, ...], as_json: bool, watch: bool, path: str) -> None:
     """Show the backends: who is awake, who uses them, when they will sleep."""
-    _ask(_watch(path, names) if watch else _show(path, names, as_json))
+    if as_json and watch:
+        _ask(_watch_json(path, names))
+    else:
+        _ask(_watch(path, names) if watch else _show(path, names, as_json))
 
 
 async def _show(path: str, names: tuple[str, ...], as_json: bool) -> None:
@@ -240,6 +245,14 @@ async def _watch(path: str, names: tuple[str, ...]) -> None:
                 changed.clear()
                 live.update(table(await client.status(*names)), refresh=True)
             await listening
+
+
+async def _watch_json(path: str, names: tuple[str, ...]) -> None:
+    from gateway.client import Client
+
+    async with Client(path) as client:
+        async for found in client.watch(*names):
+            click.echo(msgspec.json.encode(found))
 
 
 async def _order(path: str, name: str, verb: str, **query: str) -> None:

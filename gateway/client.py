@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
@@ -51,12 +52,23 @@ class Client:
 
     async def events(self) -> AsyncIterator[StateChange]:
         """Each change of a state from now on."""
-        async for line in self._lines("/v1/events"):
-            yield msgspec.json.decode(line, type=StateChange)
+        async with self._lines("/v1/events") as lines:
+            async for line in lines:
+                yield msgspec.json.decode(line, type=StateChange)
+
+    async def watch(self, *names: str) -> AsyncIterator[GatewayStatus]:
+        """The status now, and again after each change of a state; goes on with the gateway that takes over."""
+        while True:
+            async with self._lines("/v1/events") as lines:  # first, so that no change is missed
+                yield await self.status(*names)
+                async for line in lines:
+                    if not names or msgspec.json.decode(line, type=StateChange).backend in names:
+                        yield await self.status(*names)
 
     async def logs(self, name: str, follow: bool) -> AsyncIterator[str]:
-        async for line in self._lines(f"{_path(name)}/logs", follow="1" if follow else "0"):
-            yield line.decode(errors="replace").rstrip("\n")
+        async with self._lines(f"{_path(name)}/logs", follow="1" if follow else "0") as lines:
+            async for line in lines:
+                yield line.decode(errors="replace").rstrip("\n")
 
     async def _ask(self, method: str, path: str, query: list[tuple[str, str]] | None = None) -> bytes:
         try:
@@ -68,13 +80,14 @@ class Client:
         except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
 
-    async def _lines(self, path: str, **query: str) -> AsyncIterator[bytes]:
+    @contextlib.asynccontextmanager
+    async def _lines(self, path: str, **query: str) -> AsyncIterator[aiohttp.StreamReader]:
+        """The lines of an answer, which has begun."""
         try:
             async with self._session.get(path, params=query) as response:
                 if response.status >= 400:
                     raise AdminError(_reason(await response.read()))
-                async for line in response.content:
-                    yield line
+                yield response.content
         except aiohttp.ClientError as error:
             raise self._unreachable(error) from error
 

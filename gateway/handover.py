@@ -104,11 +104,10 @@ class PassGate:
         try:
             self.connections = await asyncio.to_thread(diagnostics.connections, self._endpoints)
             self._blind = False
-        except OSError as error:
+        except Exception as error:  # the library meets whatever the kernel says
             if not self._blind:
-                log.warning(
-                    "connections cannot be counted, so it stays awake: %s", error, extra={"backend": self._name}
-                )
+                why = error if isinstance(error, OSError) else repr(error)
+                log.warning("connections cannot be counted, so it stays awake: %s", why, extra={"backend": self._name})
             self._blind = True
         return max(self.connections, 1) if self._blind else self.connections
 
@@ -149,6 +148,8 @@ class Instances:
         self.last_wake = ""
         self.last_error = ""
         self._loop = asyncio.get_running_loop()
+        self.since = self._loop.time()
+        """when the first instance began, or the last one ended"""
         self._running: set[asyncio.Task[None]] = set()
         self._open = False
         """whether clients are let in at all"""
@@ -226,6 +227,8 @@ class Instances:
 
     def _run(self, instance: Callable[[], Awaitable[Exit]], source: str) -> asyncio.Task[None]:
         task = self._loop.create_task(self._until_ended(instance, source), name=f"{self.config.name} instance")
+        if not self._running:
+            self.since = self._loop.time()
         self._running.add(task)
         task.add_done_callback(self._ended)
         self._changed()
@@ -233,6 +236,8 @@ class Instances:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        if not self._running:
+            self.since = self._loop.time()
         self._changed()
         if self._pause is None:
             self._resume()
@@ -271,8 +276,13 @@ def _peer(connection: socket.socket, peer: Any) -> tuple[str, dict[str, str]]:
     elif connection.family == socket.AF_VSOCK:
         environment = {"REMOTE_ADDR": f"vsock:{peer[0]}", "REMOTE_PORT": str(peer[1])}
     else:
-        return os.fsdecode(peer) or UNKNOWN, environment
+        return _printable(os.fsencode(peer)) or UNKNOWN, environment
     return _source(environment), environment
+
+
+def _printable(name: bytes) -> str:
+    """The name of a Unix socket, which may be any bytes; an abstract one begins with @."""
+    return repr(b"@" + name[1:] if name.startswith(b"\0") else name)[2:-1]
 
 
 async def _passed_on(ended: Awaitable[Exit]) -> Exit:

@@ -34,7 +34,7 @@ class Holds:
             self._until = msgspec.json.decode(self._path.read_bytes(), type=dict[str, float | None])
         except FileNotFoundError:
             return {}
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError) as error:
             log.warning("holds are not restored: %s: %s", self._path, error)
             return {}
         now = _now()

@@ -46,13 +46,15 @@ class Notifier:
         interval = self.environment.get("WATCHDOG_USEC", "")
         watched = self.environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self._address = "\0" + address[1:] if address.startswith("@") else address
-        self._watchdog = int(interval) / 1_000_000 / 2 if interval.isdigit() and watched and address else None
+        self._watchdog = int(interval) / 1_000_000 / 2 if interval.isdigit() and watched and address else 0.0
+        # One for all messages: the watchdog is fed also when no descriptors are left.
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) if address else None
         self._timer: asyncio.TimerHandle | None = None
 
     def ready(self) -> None:
         """The sockets listen. Starts answering the watchdog, from the event loop, so that a stuck loop is noticed."""
         self._tell("READY=1")
-        if self._watchdog is not None and self._timer is None:
+        if self._watchdog and self._timer is None:
             self._feed()
 
     def reloading(self) -> None:
@@ -67,17 +69,14 @@ class Notifier:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._socket is not None:
+            self._socket.close()
 
     def _feed(self) -> None:
-        assert self._watchdog is not None
         self._tell("WATCHDOG=1")
         self._timer = asyncio.get_running_loop().call_later(self._watchdog, self._feed)
 
     def _tell(self, text: str) -> None:
-        if not self._address:
-            return
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock,
-        ):
-            sock.sendto(text.encode(), self._address)
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(text.encode(), self._address)

@@ -15,6 +15,7 @@ This is the only module that knows all the others. It handles no connection: tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -27,9 +28,9 @@ from backends.base import Shared
 from backends.command import CommandFailed, run
 from gateway import __version__, upgrade
 from gateway.admin import Admin, Stopping, UnknownBackend
-from gateway.config import BackendConfig, Config, Delivery
+from gateway.config import BackendConfig, Config, ConfigError, Delivery
 from gateway.holds import Holds
-from gateway.listeners import Listeners, Listening, key
+from gateway.listeners import ListenError, Listeners, Listening, key
 from gateway.notify import Notifier, inherited_sockets
 from gateway.service import Environment, Service
 from gateway.status import GatewayStatus, StateChange
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 TRIAL_DEADLINE = 60.0
 """Seconds for the version on the disk to show that it would start."""
+
+
+SAME_SIGNAL = 0.3
+"""Seconds within which another signal is the same one: some signal a process and then its whole group."""
 
 
 class Server:
@@ -68,6 +73,7 @@ class Server:
         self.stopping = False
         self._next_number = 0
         self._signals = 0
+        self._last_signal = (0, 0.0)
         self._signalled = asyncio.Event()
         self._news = asyncio.Event()
         self._watchers: set[asyncio.Queue[StateChange]] = set()
@@ -78,7 +84,7 @@ class Server:
         """Serve until a signal says stop. Returns the exit status. Raises ListenError when a socket cannot be had."""
         _raise_descriptor_limit()
         for number in (signal.SIGTERM, signal.SIGINT):
-            self.loop.add_signal_handler(number, self._on_stop_signal)
+            self.loop.add_signal_handler(number, self._on_stop_signal, number)
         self.loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
         self.loop.add_signal_handler(signal.SIGUSR2, self._on_upgrade_signal)
         upgrade.signals_are_handled()
@@ -111,7 +117,8 @@ class Server:
         for unused in self.listeners.unused:
             log.warning("inherited socket %s belongs to no listener", unused)
         awake = len(self.awake)
-        log.info("%d backends asleep, listening; pid %d", len(self.services) - awake, os.getpid())
+        asleep = len(self.services) - awake
+        log.info("%d backend%s asleep, listening; pid %d", asleep, "s" * (asleep != 1), os.getpid())
         for name, seconds in self.holds.load().items():
             if name in self.services and self.services[name].activation:
                 self.services[name].lives().hold(seconds)
@@ -201,9 +208,7 @@ class Server:
         self.services[config.name] = self.numbers[number] = service
         service.listen()
         kept = self.estate.left.services.pop(config.name, None)
-        if kept is not None and kept.digest == config.digest:
-            service.take_over(kept, self.estate)
-        else:
+        if kept is None or kept.digest != config.digest or not service.take_over(kept, self.estate):
             self.spawn(service.adopt(known.endpoints if known else None), f"adoption of {service.name}")
         if self.workers.is_busy(number):
             self.busy(number)
@@ -241,6 +246,9 @@ class Server:
             try:
                 config = await asyncio.to_thread(self.read)
                 return self._apply(config)
+            except (ConfigError, ListenError) as error:
+                log.error("nothing was reloaded: %s", error)
+                raise
             finally:
                 self.notifier.ready()
 
@@ -270,13 +278,14 @@ class Server:
                 self.services[added.name].lives().hold(until - self.loop.time())
         for name in held_until.keys() - new.keys():
             self.spawn(self.holds.remove(name), f"hold of {name}")
-        if config.gateway != self.config.gateway:
-            log.warning("changes under `gateway` need a restart")
-        self.config = config
+        self.services = {name: self.services[name] for name in new}  # in the order of the configuration
         removed = sum(name not in new for name in replaced)
         changed = len(replaced) - removed + len(adjusted)
         added_count = len(fresh) - (len(replaced) - removed)
         summary = f"reloaded: {added_count} added, {changed} changed, {removed} removed, {len(new)} backends in all"
+        if config.gateway != self.config.gateway:
+            summary += "; changes under `gateway` take effect with a restart"
+        self.config = config
         log.info("%s", summary)
         self._tell_status()
         return summary
@@ -395,8 +404,12 @@ class Server:
         awake = sum(service.number in self.awake for service in self.services.values()) if self.awake else 0
         self.notifier.status(f"{len(self.services) - awake} asleep, {awake} awake")
 
-    def _on_stop_signal(self) -> None:
+    def _on_stop_signal(self, number: int) -> None:
         """The first one drains, a second one cuts at once, whatever is going on by then."""
+        last, when = self._last_signal
+        self._last_signal = number, self.loop.time()
+        if number == last and self.loop.time() - when < SAME_SIGNAL:
+            return
         self._signals += 1
         self._signalled.set()
         if self._signals > 1:
@@ -417,14 +430,12 @@ class Server:
     async def _upgrade_and_log(self) -> None:
         try:
             await self.upgrade(_nobody_waits)
-        except (CommandFailed, OSError) as error:
+        except (CommandFailed, OSError, Stopping) as error:
             log.error("not upgraded: %s", error)
 
     async def _reload_and_log(self) -> None:
-        try:
+        with contextlib.suppress(ConfigError, ListenError, Stopping):
             await self.reload()
-        except Exception as error:
-            log.error("nothing was reloaded: %s", error)
 
 
 async def _nobody_waits() -> None:

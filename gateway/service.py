@@ -152,15 +152,17 @@ class Service:
             driver=self.backend.hand_over(estate),
         )
 
-    def take_over(self, kept: KeptService, estate: Estate) -> None:
-        """Go on where the replaced control plane was."""
+    def take_over(self, kept: KeptService, estate: Estate) -> bool:
+        """Go on where the replaced control plane was. False: what it runs is still to be found, by `adopt`."""
         self.backend.output.take_over(kept.output)
         instances = self.backend.take_over(kept.driver, estate) if kept.driver is not None else ()
         if self.instances is not None:
             self.instances.total = kept.total
             self.instances.resume(instances)
+        found = kept.driver is not None
         if self.activation is not None and kept.life is not None:
-            self.activation.take_over(kept.life)
+            self.activation.take_over(kept.life, found)
+        return found
 
     async def adopt(self, endpoints: Mapping[str, str] | None) -> None:
         """Find out whether it runs already; `endpoints`: its gate is open with these."""

@@ -23,15 +23,15 @@ def table(status: GatewayStatus) -> RenderableType:
         grid.add_column(heading, justify="right" if number else "left", no_wrap=heading != "LISTENS ON")
     for row in status.backends:
         grid.add_row(
-            row.name,
+            Text(row.name),
             row.driver if row.delivery == "relay" else f"{row.driver}/{row.delivery}",
             Text(row.state, style=COLOURS.get(row.state, "")),
             str(Duration(row.since)),
-            " ".join(row.listeners.values()),
+            Text(" ".join(row.listeners.values())),
             _connections(row),
             _sleeps(row),
             str(row.wakes),
-            row.last_wake or "-",
+            Text(row.last_wake or "-"),
             f"{Duration(row.start_took)} + {Duration(row.ready_took)}"
             if row.wakes and row.delivery != "accept"
             else "-",

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from backends.offspring import Offspring, run_python
@@ -59,13 +60,16 @@ class Worker:
         self._writing = False
 
     @classmethod
-    def start(cls, number: int, directory: str, orphan_time: float, hear: Callable[[Worker, Any], None]) -> Worker:
-        """A new process. Raises OSError."""
+    def start(
+        cls, number: int, rendezvous: int, directory: Path, orphan_time: float, hear: Callable[[Worker, Any], None]
+    ) -> Worker:
+        """A new process, to be found at this listening socket (-1: not at all). Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            arguments = ["-m", "gateway.plane", str(theirs.fileno()), directory, str(float(orphan_time))]
+            fds = [theirs.fileno(), *([rendezvous] if rendezvous >= 0 else [])]
+            arguments = ["-m", "gateway.plane", str(theirs.fileno()), str(rendezvous), str(directory), str(orphan_time)]
             try:
-                process = run_python(arguments, theirs.fileno())
+                process = run_python(arguments, fds)
             except BaseException:
                 ours.close()
                 raise

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from msgspec import structs
+import msgspec
 
 from backends.base import PassedSocket
 from backends.endpoint import Endpoint
@@ -117,9 +117,9 @@ class Workers:
 
     async def find(self, replace: bool) -> None:
         """Take over the workers of a former control plane; with `replace`, they only finish what they have."""
-        for found in await adoption.find(self.directory, self.options.drain, self._hear):
+        for found in await adoption.find(self.directory, float(self.options.drain), self._hear):
             self.adopted.add(found)
-            if found.worker.foreign or replace or len(self._places) >= self.size:
+            if found.worker.retiring or replace or len(self._places) >= self.size:
                 self._leaving.append(found.worker)
             else:
                 self._places.append(found.worker)
@@ -144,8 +144,9 @@ class Workers:
                 worker.attach()
         self._found.clear()
         for worker in self._leaving:
-            worker.send(say.Retire(self.options.drain, sockets=False))
-            worker.retiring = True
+            if not worker.retiring:
+                worker.send(say.Retire(float(self.options.drain), sockets=False))
+                worker.retiring = True
             self._spawn(self._see_off(worker), f"end of worker {worker.number}")
         used = {ear.socket for ear in self._ears.values()}
         for listener, (_, sock) in self.adopted.ears.items():
@@ -172,7 +173,16 @@ class Workers:
             await asyncio.to_thread(self.directory.rmdir)
 
     def _launch(self, number: int) -> Worker:
-        return Worker.start(number, str(self.directory), self.options.orphan_time, self._hear)
+        start = partial(Worker.start, number, directory=self.directory, hear=self._hear)
+        try:
+            rendezvous = adoption.Rendezvous(self.directory)
+        except OSError as error:
+            log.warning("%s: %s; another control plane will not find worker %d", self.directory, error.strerror, number)
+            return start(rendezvous=-1, orphan_time=0.0)
+        with rendezvous:
+            worker = start(rendezvous=rendezvous.socket.fileno(), orphan_time=float(self.options.orphan_time))
+            rendezvous.belongs_to(worker.pid)
+        return worker
 
     async def _keep(self, place: int) -> None:
         """Whenever the worker in this place ends, start another with the same sockets."""
@@ -219,8 +229,7 @@ class Workers:
     def _count_in(self, worker: Worker) -> None:
         for tally in worker.counted:
             if tally.backend in self.served:
-                over = structs.replace(tally, connections=0, parked=0)
-                self._past[tally.backend] = _sum(self._past.get(tally.backend), over)
+                self._past[tally.backend] = _sum(self._past.get(tally.backend), _over(tally))
         worker.counted = []
 
     def _tell_all(self, worker: Worker, place: int) -> None:
@@ -344,16 +353,21 @@ class Workers:
 
     async def count(self) -> dict[int, Tally]:
         """The counters of every backend that was ever used, summed over the workers."""
-        asked = (worker.ask(say.Count) for worker in self._all if not worker.foreign)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
         total = dict(self._past)
-        for answer in answers:
-            if isinstance(answer, list):
-                for tally in answer:
-                    total[tally.backend] = _sum(total.get(tally.backend), tally)
-            elif not isinstance(answer, (WorkerLost, TimeoutError)):
-                raise answer
+        for tallies in await asyncio.gather(*(self._count(worker) for worker in self._all)):
+            for tally in tallies:
+                total[tally.backend] = _sum(total.get(tally.backend), tally)
         return total
+
+    async def _count(self, worker: Worker) -> list[Tally]:
+        """What it counts; what it counted last where it does not answer."""
+        if not worker.foreign:
+            try:
+                counted: list[Tally] = await worker.ask(say.Count)
+                return counted
+            except (WorkerLost, TimeoutError):
+                pass
+        return [_over(tally) for tally in worker.counted]
 
     @property
     def pids(self) -> list[int]:
@@ -375,6 +389,11 @@ def _sum(a: Tally | None, b: Tally) -> Tally:
         a.backend, a.connections + b.connections, a.parked + b.parked, a.total + b.total,
         a.received + b.received, a.sent + b.sent, a.refused + b.refused, a.dropped + b.dropped,
     )  # fmt: skip
+
+
+def _over(tally: Tally) -> Tally:
+    """Of a worker whose connections are gone."""
+    return msgspec.structs.replace(tally, connections=0, parked=0)
 
 
 class RelayGate:

@@ -33,7 +33,7 @@ class Plane:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()), directory, "0"],
+                [sys.executable, "-P", "-m", "gateway.plane", str(theirs.fileno()), "-1", directory, "0"],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))),

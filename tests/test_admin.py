@@ -148,7 +148,7 @@ async def test_an_error_is_json_too(api: Api, method: str, path: str, status: in
 async def test_start_and_stop(api: Api) -> None:
     assert await ask(api, "POST", "/v1/backends/web/start") == {"message": "ready"}
     (row,) = (await ask(api, "GET", "/v1/status?name=web"))["backends"]
-    assert (row["state"], row["wakes"], row["last_wake"]) == ("ready", 1, "started by hand")
+    assert (row["state"], row["wakes"], row["last_wake"]) == ("ready", 1, "dormant start")
     assert await ask(api, "POST", "/v1/backends/web/stop") == {"message": "stopped"}
     assert (await ask(api, "GET", "/v1/status"))["awake"] == 0
 

@@ -79,6 +79,26 @@ def test_an_end_after_a_steady_time_is_not_held_against_it(clean: bool) -> None:
     assert (backoff.until, backoff.failures, backoff.quick_ends) == (before, 0, 0)
 
 
+@pytest.mark.parametrize(("clean", "free"), [(False, FREE_CRASHES), (True, FREE_ENDS)], ids=["crashes", "clean ends"])
+def test_quick_ends_that_are_far_apart_do_not_add_up(clean: bool, free: int) -> None:
+    backoff = Backoff()
+    for number in range(3 * free):
+        backoff.ended(NOW + number * (LONGEST + 1), QUICK, clean)
+    assert backoff.until == 0.0
+
+
+def test_the_delays_themselves_do_not_count_as_far_apart() -> None:
+    """Ends that follow the longest delay at once are still in a row."""
+    backoff = Backoff()
+    ends(backoff, FREE_ENDS, clean=True)
+    now = NOW
+    for _ in range(12):
+        backoff.ended(now, QUICK, clean=True)
+        delay = backoff.until - now
+        now = backoff.until + QUICK
+    assert delay == pytest.approx(LONGEST)
+
+
 def test_a_crash_just_before_the_steady_time_counts() -> None:
     backoff = Backoff()
     ends(backoff, FREE_CRASHES + 1, clean=False, uptime=QUICK)

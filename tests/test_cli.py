@@ -203,6 +203,28 @@ def test_status_as_json(tmp_path: Path) -> None:
         eventually(lambda: 3500 < (running.status("web")["sleeps_in"] or 0) <= 3600)
 
 
+@pytest.mark.slow
+def test_status_is_watched_as_json(tmp_path: Path) -> None:
+    """One document in one line, at once and for each change of what was asked for."""
+    web, other = backend(tmp_path), backend(tmp_path)
+    with gateway(tmp_path, {"backends": {"web": web, "other": other}}) as running:
+        command = [*DORMANT, "status", "--json", "--watch", "web", "--socket", running.admin]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+            assert watching.stdout is not None and watching.stderr is not None
+            lines = (json.loads(line)["backends"] for line in watching.stdout)
+            assert [row["state"] for row in next(lines)] == ["stopped"]
+            for listen in (other["listen"], web["listen"]):
+                with connect(listen) as sock:
+                    greeting(sock)
+            states = [next(lines)[0]["state"]]
+            while states[-1] != "stopped":
+                states.append(next(lines)[0]["state"])
+            assert states == sorted(states, key=["starting", "ready", "stopping", "stopped"].index)
+            running.stop()
+            assert "no gateway answers" in watching.stderr.read()
+            assert watching.wait(PATIENCE) == 1
+
+
 def test_status_as_a_table(tmp_path: Path) -> None:
     web, other = backend(tmp_path, idle="1h"), backend(tmp_path, delivery="accept")
     del other["endpoint"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from backends.base import Exit
 from backends.command import KEPT_OUTPUT, CommandFailed, run
 from backends.output import Output
 from tests import mimic
-from tests.running import PATIENCE, eventually
+from tests.running import PATIENCE, children, eventually
 
 SHELL = ("/bin/sh", "-c")
 
@@ -72,15 +73,15 @@ async def test_a_failure_says_what_ended_how_and_the_last_lines() -> None:
     assert error.exit == Exit(code=3)
     assert error.lines[-1] == "oops"
     assert len(error.lines) == 10
-    assert str(error).startswith("/bin/sh -c ...: exit status 3; its last output:\n    ")
+    assert str(error).startswith("/bin/sh ...: exit status 3; its last output:\n    ")
     assert "hunter2" not in str(error)
 
 
 async def test_words_that_may_be_secret_are_not_shown() -> None:
     with pytest.raises(CommandFailed) as caught:
-        await run(["/bin/false", "--password", "hunter2"], timeout=PATIENCE)
-    assert str(caught.value) == "/bin/false --password ...: exit status 1"
-    assert caught.value.command == ("/bin/false", "--password", "hunter2")
+        await run(["/bin/false", "--password=hunter2"], timeout=PATIENCE)
+    assert str(caught.value) == "/bin/false ...: exit status 1"
+    assert caught.value.command == ("/bin/false", "--password=hunter2")
 
 
 async def test_a_signal_is_named() -> None:
@@ -140,6 +141,38 @@ async def test_when_cancelled_in_the_middle_its_group_is_killed() -> None:
     with pytest.raises(asyncio.CancelledError):
         await running
     eventually(lambda: gone(int(output.tail()[0])))
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, None])
+async def test_whoever_is_cancelled_again_leaves_nothing(turns: int | None) -> None:
+    """Neither a process, nor a descriptor, nor a reader that keeps the loop busy."""
+    before = len(os.listdir("/proc/self/fd"))
+    output = Output()
+    running = asyncio.create_task(sh("echo $$; exec sleep 1000", output=output))
+    for _ in range(turns or 0):
+        await asyncio.sleep(0)
+    while turns is None and not output.tail():
+        await asyncio.sleep(0.001)
+    for _ in range(3):
+        running.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    async with asyncio.timeout(PATIENCE):
+        while len(os.listdir("/proc/self/fd")) > before:
+            await asyncio.sleep(0.001)
+    cpu = time.process_time()
+    await asyncio.sleep(0.1)
+    assert time.process_time() - cpu < 0.05
+    assert not children(os.getpid())
+
+
+async def test_whoever_is_cancelled_is_cancelled_also_when_it_could_not_be_run() -> None:
+    running = asyncio.create_task(run(["/nonexistent"], timeout=PATIENCE))
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
 
 
 async def test_a_daemon_that_keeps_its_output_open_holds_up_nobody_and_lives_on() -> None:

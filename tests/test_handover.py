@@ -8,14 +8,15 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from backends.base import PassedSocket
+from backends.base import Exit, PassedSocket
 from backends.endpoint import bind, of_socket, parse
-from gateway import handover
-from gateway.handover import PassGate
+from gateway import diagnostics, handover
+from gateway.handover import Instances, PassGate
 from tests.plane import connect
 from tests.running import PATIENCE
 
@@ -130,7 +131,24 @@ async def test_an_idle_policy_has_the_connections_looked_at_while_the_gate_is_op
     await watched.nothing()
 
 
-@pytest.mark.xfail(raises=UnicodeEncodeError, reason="the name is logged and shown as the client chose it")
+async def test_what_cannot_be_counted_counts_as_used_whatever_the_error_is(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(_: object) -> int:
+        raise KeyError("attrs")
+
+    with monkeypatch.context() as broken_library:
+        broken_library.setattr(diagnostics, "connections", broken)
+        assert await watched.gate.close() == 1
+        assert await watched.next() == "busy"
+        watched.gate.open({})
+        watched.gate.adjust(0.1)
+        assert await watched.next() == "busy"
+        await watched.nothing()
+    assert await watched.next() == "quiet"  # it has gone on looking
+    assert caplog.messages == ["connections cannot be counted, so it stays awake: KeyError('attrs')"]
+
+
 async def test_the_name_of_a_unix_client_is_text(stack: ExitStack, tmp_path: Path) -> None:
     listening = stack.enter_context(bind(parse(f"unix:{tmp_path}/s")))
     client = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -139,4 +157,33 @@ async def test_the_name_of_a_unix_client_is_text(stack: ExitStack, tmp_path: Pat
     connection, peer = listening.accept()
     with connection:
         name, _ = handover._peer(connection, peer)
-    assert name.encode().isascii() and name.isprintable()
+    assert name == rf"@dormant-test-{os.getpid()}\xff\n\x1b[2J"
+
+
+async def test_it_is_known_since_when_there_are_instances_or_none(stack: ExitStack) -> None:
+    class Served:
+        async def serve(self, connection: socket.socket, _: object) -> Exit:
+            with connection:
+                await asyncio.get_running_loop().run_in_executor(None, connection.recv, 1)
+            return Exit(0)
+
+    listening = stack.enter_context(bind(parse("tcp://127.0.0.1:0")))
+    changed: asyncio.Queue[int] = asyncio.Queue()
+    config: Any = SimpleNamespace(name="web", limits=SimpleNamespace(connections=10))
+    served: Any = Served()
+    instances = Instances(config, served, [PassedSocket("", listening)], lambda: changed.put_nowait(instances.count))
+    clock = asyncio.get_running_loop().time
+    instances.listen()
+    since = [instances.since]
+    clients = []
+    for count in (1, 2):
+        clients.append(stack.enter_context(connect(of_socket(listening))))
+        assert await asyncio.wait_for(changed.get(), PATIENCE) == count
+        since.append(instances.since)
+    for count in (1, 0):
+        clients.pop().close()
+        assert await asyncio.wait_for(changed.get(), PATIENCE) == count
+        since.append(instances.since)
+    instances.unlisten()
+    created, first, second, third, last = since
+    assert created < first == second == third < last <= clock()

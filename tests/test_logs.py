@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
-from gateway.logs import JsonFormatter, TextFormatter, setup
+from gateway import logs
+from gateway.logs import KEPT, OUTPUT_LINES, JsonFormatter, OutputLog, TextFormatter, flush, setup
+from tests.running import PATIENCE
 
 TIME = r"\d\d:\d\d:\d\d\.\d{3}"
 
@@ -110,10 +116,9 @@ def test_an_object_has_its_error_with_the_traceback() -> None:
     assert entry["error"].startswith("Traceback") and entry["error"].endswith("ValueError: a bug")
 
 
-@pytest.mark.xfail(raises=UnicodeEncodeError, reason="such a line is not logged; a traceback is")
 def test_an_object_of_a_name_that_is_not_text() -> None:
-    """A Unix client can choose the name that it has in the log."""
-    assert "client" in parsed(record("client %s", b"\xff".decode(errors="surrogateescape")))["message"]
+    """Such as that of a file."""
+    assert parsed(record("no %s", b"\xff".decode(errors="surrogateescape")))["message"] == "no \\udcff"
 
 
 # Which lines there are
@@ -144,23 +149,106 @@ def restored() -> Iterator[None]:
 )
 @pytest.mark.usefixtures("restored")
 def test_the_form_is_what_was_asked_for(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str, terminal: bool, expected: str
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, form: str, terminal: bool, expected: str
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     setup(form, "info")
     logging.getLogger("gateway.activation").warning("died", extra={"backend": "web"})
-    assert re.fullmatch(expected, capsys.readouterr().err)
+    flush()
+    assert re.fullmatch(expected, capfd.readouterr().err)
 
 
 @pytest.mark.usefixtures("restored")
-def test_libraries_are_quieter_than_we_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_libraries_are_quieter_than_we_are(capfd: pytest.CaptureFixture[str]) -> None:
     setup("text", "debug")
     setup("text", "info")  # once more changes, and adds nothing
     for name in ("gateway.server", "backends.process", "aiohttp"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING):
             logging.getLogger(name).log(level, "%s %d", name, level)
-    said = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    flush()
+    said = [line.split(" ", 1)[1] for line in capfd.readouterr().err.splitlines()]
     assert said == [
         "gateway.server 20", "warning: gateway.server 30", "backends.process 20", "warning: backends.process 30",
         "warning: aiohttp 30",
     ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("restored")
+def test_a_stalled_reader_of_stderr_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many lines as are kept are written when it reads again; how many are missing is said where they are."""
+    monkeypatch.setattr(logs, "FLUSH_TIME", 0.01)
+    reader, writer = os.pipe()
+    flush()
+    monkeypatch.setattr(logs, "STDERR", writer)
+    setup("text", "info")
+    log = logging.getLogger("gateway")
+    begun = time.monotonic()
+    for number in range(2 * KEPT):
+        log.info("%d %s", number, "x" * 100)
+    flush()
+    assert time.monotonic() - begun < PATIENCE / 2
+    said, ended = b"", False
+    while not said.endswith(b"the end\n"):
+        said += os.read(reader, 1 << 16)
+        if not ended and logs._queued.queue.qsize() < KEPT // 2:
+            log.info("the end")
+            ended = True
+    lines = [text.partition(" ")[2] for text in said.decode().splitlines()]
+    shown = len(lines) - 2
+    assert [text.split()[0] for text in lines[:shown]] == [str(number) for number in range(shown)]
+    assert lines[shown:] == [f"warning: {2 * KEPT - shown} lines were left out here: stderr was not read", "the end"]
+    flush()
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.usefixtures("restored")
+def test_an_end_of_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    setup("text", "info")
+    monkeypatch.setattr(logs, "STDERR", writer)
+    logging.getLogger("gateway").info("said to nobody")
+    flush()
+    os.close(writer)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_last_lines_are_written_before_the_end() -> None:
+    script = "import logging; from gateway import logs; logs.setup('text', 'info')\n"
+    script += "for number in range(1000): logging.getLogger('gateway').info('%d', number)"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stderr
+    assert [text.split()[1] for text in said.splitlines()] == list(map(str, range(1000)))
+
+
+# The output of backends
+
+
+async def test_a_flood_of_output_is_left_out_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "gateway")
+    output = OutputLog("web")
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    for number in range(OUTPUT_LINES + 20):
+        output(str(number))
+    assert caplog.messages == list(map(str, range(OUTPUT_LINES)))
+    assert {(entry.__dict__["backend"], entry.__dict__["output"]) for entry in caplog.records} == {("web", True)}
+    caplog.clear()
+    async with asyncio.timeout(PATIENCE):
+        while not caplog.messages:
+            await asyncio.sleep(0.01)
+    assert caplog.messages == ["20 lines of its output were left out of the log"]
+    assert caplog.records[0].__dict__["backend"] == "web" and loop.time() - begun >= 1
+    caplog.clear()
+    output("in the next second")
+    assert caplog.messages == ["in the next second"]
+
+
+async def test_nothing_is_counted_that_would_not_be_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "gateway")
+    output = OutputLog("web")
+    for _ in range(2 * OUTPUT_LINES):
+        output("x")
+    caplog.set_level(logging.INFO, "gateway")
+    output("y")
+    assert caplog.messages == ["y"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from backends.output import KEPT_LINES, LONGEST_LINE, Output
+from backends.pipe import Pipe
 
 
 def test_lines_are_put_together_from_pieces() -> None:
@@ -79,3 +81,15 @@ async def test_following_gives_new_lines_and_ends_with_its_reader() -> None:
     assert await anext(followed) == "0"
     await followed.aclose()  # type: ignore[attr-defined]
     assert not output._listeners
+
+
+async def test_a_flood_leaves_others_their_turn() -> None:
+    """Each line costs time: what a full pipe holds is not read in one turn of the loop."""
+    pieces: list[bytes] = []
+    pipe = Pipe(pieces.append)
+    os.write(pipe.writer, bytes(64 << 10))
+    while not pieces:
+        await asyncio.sleep(0)
+    assert [len(piece) for piece in pieces] == [16 << 10]
+    pipe.finish()
+    assert [len(piece) for piece in pieces] == [16 << 10] * 4 + [0]

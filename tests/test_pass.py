@@ -419,7 +419,3 @@ def test_connections_are_looked_at_also_when_no_descriptors_are_left(tmp_path: P
         running.wait_state("web", "stopped")
         assert "connections cannot be counted" in running.log
         assert "unexpected" not in running.log
-        # Not by `stop`, which wants no traceback: the interpreter tells one of each event loop that pyroute2 could not make.
-        running.signal(signal.SIGTERM)
-        assert running.process is not None
-        assert running.process.wait(20) == 0

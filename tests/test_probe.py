@@ -409,7 +409,7 @@ async def test_exec_waits_for_the_command(start: Start, tmp_path: Path) -> None:
     backend = await start("--never-ready", readiness=Exec(Command(("test", "-e", "flag"))), _=endpoint)
     waiting = asyncio.create_task(backend.ready())
     async with asyncio.timeout(PATIENCE):
-        while backend.trouble != "test -e ...: exit status 1":
+        while backend.trouble != "test ...: exit status 1":
             await asyncio.sleep(0.001)
     (tmp_path / "flag").touch()
     (found,) = (await asyncio.wait_for(waiting, PATIENCE)).values()  # resolved, although nobody listens there
@@ -422,7 +422,7 @@ async def test_an_exec_that_hangs_is_tried_again(tmp_path: Path) -> None:
     troubles: list[str] = []
     hanging = Exec(Command(("/bin/sh", "-c", script)), Duration(0.1))
     await asyncio.wait_for(probe.wait(hanging, probed(tmp_path, troubles)), PATIENCE)
-    assert troubles == ["/bin/sh -c ...: timed out after 0.1s"]
+    assert troubles == ["/bin/sh ...: timed out after 0.1s"]
 
 
 async def test_an_exec_that_cannot_be_run_is_trouble(tmp_path: Path) -> None:
@@ -473,6 +473,31 @@ async def test_connect_and_http_ask_the_stream_endpoints(start: Start, tmp_path:
         backend = await start("--listen", unix, "--http", 200, readiness=readiness, web=unix, dns=udp)
         assert await ready(backend) == {"web": unix, "dns": udp}
         await backend.stop(PATIENCE)
+
+
+async def test_a_guest_that_the_driver_does_not_know_cannot_be_asked(start: Start) -> None:
+    for readiness in (Connect(), Delay(Duration(0))):
+        backend = await start("--never-ready", readiness=readiness, _=parse("vsock://guest:80"))
+        with pytest.raises(StartFailed, match="vsock://guest:80 is not possible with this driver"):
+            await asyncio.wait_for(backend.ready(), PATIENCE)
+        await backend.stop(PATIENCE)
+
+
+async def test_an_error_of_one_endpoint_ends_the_probes_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, bad = Unix(str(tmp_path / "none")), Unix(str(tmp_path / "bad"))
+    reach = probe._reach
+
+    async def broken(endpoint: Endpoint) -> None:
+        if endpoint == bad:
+            raise ValueError("a bug")
+        await reach(endpoint)
+
+    monkeypatch.setattr(probe, "_reach", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        await asyncio.wait_for(probe.wait(Connect(), probed(tmp_path, a=good, b=bad)), PATIENCE)
+    assert len(asyncio.all_tasks()) == 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pwd
 import resource
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from backends import environment
+from backends import process as driver
 from backends.base import Exit, Exited, PassedSocket, Setup, Shared, StartFailed
 from backends.output import KEPT_LINES
 from backends.probe import Connect, Notify, Readiness
@@ -211,6 +215,29 @@ async def test_umask_and_limits(make: Make) -> None:
     assert (report["umask"], report["nofile"], report["core"]) == ("0077", "64:64", "0:0")
 
 
+async def test_the_limit_of_open_files_is_the_one_that_the_gateway_had(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway raises its own, which many programs do not bear."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(driver, "NOFILE", 128)
+    assert (await report_of(make(REPORT)))["nofile"] == f"128:{hard}"
+    assert (await report_of(make(REPORT, rlimits={"nofile": 64})))["nofile"] == "64:64"
+
+
+@pytest.mark.parametrize(("told", "limit"), [({}, 99), ({environment.NOFILE_VARIABLE: "77"}, 77)])
+def test_that_limit_is_known_before_it_is_raised_and_after_a_replacement(told: dict[str, str], limit: int) -> None:
+    script = "from backends.environment import *; print(NOFILE, [name for name in inherited() if 'NOFILE' in name])"
+    said = subprocess.run(
+        ["/bin/sh", "-c", 'ulimit -Sn 99; exec "$0" -c "$1"', sys.executable, script],
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout == f"{limit} []\n"
+
+
 @needs_root
 @pytest.mark.parametrize(
     ("options", "uid", "gid", "groups"),
@@ -262,9 +289,6 @@ async def test_it_is_ready_when_it_says_so(make: Make, monkeypatch: pytest.Monke
         assert backend._child is not None
         backend._child.signal(signal.SIGUSR1)
         assert await asyncio.wait_for(ready, PATIENCE) == {}
-        assert backend._run is not None
-        assert backend._run.notifications is not None
-        assert backend._run.notifications.status == "half way"
         await backend.stop(PATIENCE)
 
 
@@ -282,15 +306,13 @@ async def test_nobody_else_can_say_so(make: Make) -> None:
     address = (await line(backend, "NOTIFY_SOCKET=")).partition("=")[2]
     assert backend._run is not None
     assert backend._run.notifications is not None
-    notifications = backend._run.notifications
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as forger:
         forger.connect("\0" + address[1:])
-        forger.send(b"READY=1\nSTATUS=forged")
+        forger.send(b"READY=1")
         ready = asyncio.create_task(backend.ready())
         assert backend._child is not None
         backend._child.signal(signal.SIGUSR1)  # comes after the forged message
-        await asyncio.wait_for(notifications.ready.wait(), PATIENCE)
-        assert notifications.status == ""
+        await asyncio.wait_for(backend._run.notifications.ready.wait(), PATIENCE)
         await asyncio.wait_for(ready, PATIENCE)
         await backend.stop(PATIENCE)
         with pytest.raises(ConnectionRefusedError):
@@ -308,6 +330,20 @@ async def test_a_forged_message_alone_makes_nothing_ready(make: Make) -> None:
         forger.send(b"READY=1")
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(backend.ready(), 0.05)
+    await backend.stop(PATIENCE)
+
+
+async def test_a_message_is_its_own_when_descent_and_user_are_right(make: Make) -> None:
+    """Anybody can copy the mark by which descendants are known."""
+    backend = make(mimic.command("--fork"), Notify())
+    await backend.start()
+    descendant = int((await line(backend, "child ")).split()[1])
+    run, uid, other = backend._run, os.geteuid(), 54321
+    assert run is not None and run.child is not None and run.child.pid is not None
+    assert run._belongs(descendant, uid) and run._belongs(descendant, 0)
+    assert not run._belongs(descendant, other)
+    assert not run._belongs(os.getpid(), uid)
+    assert run._belongs(run.child.pid, other)  # it gave up its rights
     await backend.stop(PATIENCE)
 
 
@@ -347,6 +383,41 @@ async def test_usage_counts_descendants(make: Make) -> None:
     assert 0 <= one.cpu < 5
     await alone.stop(PATIENCE)
     await shell.stop(PATIENCE)
+
+
+async def test_a_kill_after_the_grace_is_said(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    for arguments, said in ((["--ignore-term"], ["stop_grace: it has not ended after 50ms; killed"]), ([], [])):
+        caplog.clear()
+        backend = make(mimic.command(*arguments, "--say", "up"))
+        await backend.start()
+        await line(backend, "up")
+        await backend.stop(0.05 if arguments else PATIENCE)
+        assert caplog.messages == said
+        assert [record.__dict__["backend"] for record in caplog.records] == ["mimic"] * len(said)
+
+
+async def test_the_next_life_begins_when_all_of_the_former_is_gone(make: Make) -> None:
+    backend = make(mimic.command("--say", "up"))
+    await backend.start()
+    await line(backend, "up")
+    former = backend._child
+    assert former is not None and former.pid is not None
+    nursery = former._nest._process.pid
+    os.kill(nursery, signal.SIGSTOP)
+    try:
+        os.kill(former.pid, signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE):
+            while not former.dead:
+                await asyncio.sleep(0)
+        assert not former.gone
+        starting = asyncio.create_task(backend.start())
+        await asyncio.sleep(0.05)
+        assert backend._child is former
+    finally:
+        os.kill(nursery, signal.SIGCONT)
+    await asyncio.wait_for(starting, PATIENCE)
+    assert former.gone and backend._child is not former
+    await backend.stop(PATIENCE)
 
 
 async def test_a_frozen_one_that_is_killed_is_gone(make: Make) -> None:

@@ -81,11 +81,11 @@ def test_what_a_column_says(changes: dict[str, Any], column: str, said: str) -> 
     assert cells(**changes)[column] == said
 
 
-@pytest.mark.xfail(reason="rich takes it for markup, and :b: for a picture")
 @pytest.mark.parametrize("text", ["[fe80::1]:5000", "[2001:db8:a:b::1]:5000", "client [/b]", "[red]"])
 def test_an_address_or_a_name_is_shown_as_it_is(text: str) -> None:
     assert cells(last_wake=text)["LAST WAKE"] == text
     assert cells(listeners={"web": f"tcp://{text}"})["LISTENS ON"] == f"tcp://{text}"
+    assert cells(name=text)["NAME"] == text
 
 
 def test_numbers_stand_under_each_other() -> None:

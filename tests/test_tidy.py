@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import grimp
 import pytest
+
+import gateway
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(sys.executable).parent
@@ -65,9 +69,22 @@ def test_data_plane_is_small() -> None:
     assert not {"asyncio", "threading", "aiohttp", "yaml", "gateway.config", "backends.base"} & set(loaded)
 
 
-def test_version_is_the_same_everywhere() -> None:
-    import tomllib
+def test_the_data_plane_is_forbidden_all_of_the_control_plane() -> None:
+    """The contract lists modules, so a new one must be added to it."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = (contract for contract in contracts if contract["source_modules"] == ["gateway.plane"])
+    modules = {
+        f"{package}.{file.stem}" for package in ("gateway", "backends") for file in (ROOT / package).glob("[!_]*.py")
+    }
+    assert set(contract["forbidden_modules"]) == modules - {"backends.endpoint"}
 
-    import gateway
+
+def test_only_the_command_line_imports_the_server() -> None:
+    """The parts of the gateway form a star around it: they are told what to do, and call back what they were given."""
+    graph = grimp.build_graph("gateway", exclude_type_checking_imports=True, cache_dir=None)
+    assert graph.find_modules_that_directly_import("gateway.server") == {"gateway.cli"}
+
+
+def test_version_is_the_same_everywhere() -> None:
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == gateway.__version__

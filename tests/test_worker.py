@@ -103,7 +103,7 @@ def test_counting_looks_once_at_each_connection() -> None:
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        worker = Worker(theirs, "", 0)
+        worker = Worker(theirs, -1, "", 0)
         for number in range(8):
             worker.serve(say.Serve(number, f"backend-{number}", "", **LIMITS), [])
             worker.gates[number].enter()
@@ -124,7 +124,7 @@ def test_an_unexpected_error_shuts_nobody_else_out(monkeypatch: pytest.MonkeyPat
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     first, second = socket.socketpair()
     with ours, theirs, first, second:
-        worker = Worker(theirs, "", 0)
+        worker = Worker(theirs, -1, "", 0)
         monkeypatch.setattr(worker, "connect", connect)
         worker.serve(say.Serve(1, "one", "", **LIMITS), [])
         for sock in (first, second):

@@ -6,7 +6,8 @@ PORT=${PORT:-8000}
 export PORT SITE_PORT=$((PORT + 1)) TIME_PORT=$((PORT + 2)) BACKEND_PORT=$((PORT + 100))
 export DORMANT_SOCKET="${XDG_RUNTIME_DIR:-/tmp}/dormant-quickstart-$PORT.sock"
 cat <<EOF
-Three services are asleep. In a second terminal:
+Three services, asleep on the ports $PORT to $TIME_PORT ($BACKEND_PORT is the web server's own; if one is taken:
+make run PORT=9000). In a second terminal:
 
     export DORMANT_SOCKET=$DORMANT_SOCKET
     $(command -v dormant) status --watch

@@ -8,8 +8,12 @@ if ! command -v nginx >/dev/null; then
     exec python3 "$here/site.py" "$1" "$here/www"
 fi
 dir=$(mktemp -d)
+user=
+if [ "$(id -u)" = 0 ]; then
+    user="user root;"   # whoever else it would be may not enter this folder
+fi
 cat >"$dir/nginx.conf" <<EOF
-pid $dir/pid; error_log stderr; daemon off; worker_processes 1;
+$user pid $dir/pid; error_log stderr; daemon off; worker_processes 1;
 events {}
 http {
     access_log off; default_type text/html;

@@ -201,6 +201,8 @@ class Held(Message, frozen=True):
 class Told(Message, frozen=True):
     """The end of the answer to Tell."""
 
+    retiring: bool
+
 
 class Retired(Message, frozen=True):
     """It does not accept any more, and all its sockets have been sent. Never changes."""

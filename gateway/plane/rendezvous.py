@@ -1,6 +1,7 @@
 """Where the next control plane finds a worker whose own one is gone: a Unix socket in the gateway's runtime directory.
 
-Counterpart: `gateway.adoption` connects. Knows no message: it accepts, checks who it is, and hands the connection on.
+Counterpart: `gateway.adoption` binds it and connects to it. Knows no message: it accepts, checks who it is, and hands the
+connection on.
 """
 
 from __future__ import annotations
@@ -13,30 +14,18 @@ from collections.abc import Callable
 
 from gateway.plane.loop import Loop
 
-BACKLOG = 4
 PAUSE = 0.05  # seconds without accepting when descriptors run out
 _CREDENTIALS = struct.Struct("iII")  # struct ucred, unix(7)
 
 
 class Rendezvous:
-    """A listening socket `PID.sock` in a directory. Owns the file."""
+    """A listening socket, which the control plane bound before it started this worker, and its file. Owns both."""
 
-    def __init__(self, loop: Loop, directory: str, met: Callable[[socket.socket], None]) -> None:
-        """Raises OSError: then this worker cannot be found."""
+    def __init__(self, loop: Loop, fd: int, path: str, met: Callable[[socket.socket], None]) -> None:
         self.loop = loop
         self.met = met
-        self.path = os.path.join(directory, f"{os.getpid()}.sock")
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        folder = os.open(directory, os.O_PATH | os.O_CLOEXEC)
-        try:
-            # By way of the folder's descriptor: the path may be longer than the 107 bytes that a Unix address takes.
-            self.sock.bind(f"/proc/self/fd/{folder}/{os.path.basename(self.path)}")
-        except BaseException:
-            self.sock.close()
-            raise
-        finally:
-            os.close(folder)
-        self.sock.listen(BACKLOG)
+        self.path = path
+        self.sock = socket.socket(fileno=fd)
         self._watch()
 
     def _watch(self) -> None:

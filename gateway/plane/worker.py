@@ -46,13 +46,13 @@ TROUBLE_GAP = 1.0
 
 
 class Worker:
-    """`orphan_time`: seconds that it goes on without a control plane. It is found in the folder `directory` then."""
+    """`orphan_time`: seconds that it goes on without a control plane. It is found at its rendezvous then: a listening
+    socket, and its path. -1: it cannot be found."""
 
-    def __init__(self, sock: socket.socket, directory: str, orphan_time: float) -> None:
+    def __init__(self, sock: socket.socket, rendezvous: int, path: str, orphan_time: float) -> None:
         self.loop = Loop()
         self.loop.on_error = self.broken
         self.link: Link | None = None
-        self.directory = directory
         self.orphan_time = orphan_time
         self.patience: Timer | None = None
         self.retiring = False
@@ -63,8 +63,8 @@ class Worker:
         self.letting_in = False
         self.troubles: dict[str, float] = {}
         """what was said a moment ago, and when"""
-        self.rendezvous: Rendezvous | None = None
         own_ports()
+        self.rendezvous = Rendezvous(self.loop, rendezvous, path, self.met) if rendezvous >= 0 else None
         self.linked(sock)
 
     # A connection
@@ -203,7 +203,7 @@ class Worker:
         gates = list(self.gates.values())
         self.send_all(gate.serving() for gate in gates)
         self.tell_held()
-        self.tell(say.Told())
+        self.tell(say.Told(self.retiring))
         for gate in gates:
             gate.tell_again()
 
@@ -340,10 +340,6 @@ class Worker:
 
     def run(self) -> None:
         """Work until the control plane says Quit, or is gone for too long."""
-        try:
-            self.rendezvous = Rendezvous(self.loop, self.directory, self.met)
-        except OSError as error:
-            self.trouble(f"nobody could take it over: {self.directory}: {error.strerror}")
         self.loop.run()
         if self.rendezvous is not None:
             self.rendezvous.close()
@@ -353,13 +349,14 @@ class Worker:
 
 
 def main() -> None:
-    """The process: `python -m gateway.plane FD DIRECTORY ORPHAN_TIME`, with its link at that descriptor."""
+    """The process: `python -m gateway.plane LINK RENDEZVOUS DIRECTORY ORPHAN_TIME`; the first two are descriptors."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the control plane ends it, also when a terminal signals the whole group
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    fd, directory, orphan_time = sys.argv[1:]
-    worker = Worker(socket.socket(fileno=int(fd)), directory, float(orphan_time))
+    link, rendezvous, directory, orphan_time = sys.argv[1:]
+    path = os.path.join(directory, f"{os.getpid()}.sock")
+    worker = Worker(socket.socket(fileno=int(link)), int(rendezvous), path, float(orphan_time))
     gc.collect()
     gc.freeze()
     worker.run()

@@ -1,0 +1,313 @@
+"""The control plane is replaced by itself, or by the next one after its death: who is connected does not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mimic import command
+from tests.running import PATIENCE, Gateway, children, eventually, free_port, gateway, receive_all
+from tests.test_gateway import backend, connect, greeting
+
+LASTING = {"orphan_time": "20s", "drain": "20s"}
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A backend that lives outside, and outlives every gateway."""
+    endpoint = f"unix:{tmp_path}/outside.sock"
+    service = subprocess.Popen(command("--listen", endpoint))
+    yield {
+        "driver": "external", "start": "true", "stop": "true",
+        "listen": f"tcp://127.0.0.1:{free_port()}", "endpoint": endpoint, "idle": "1h",
+    }  # fmt: skip
+    service.kill()
+    service.wait()
+
+
+@contextlib.contextmanager
+def lasting(directory: Path, backends: dict[str, Any], **options: Any) -> Iterator[Gateway]:
+    """A gateway whose workers outlive it; at the end they are gone, too."""
+    with gateway(directory, {"gateway": {**LASTING, **options}, "backends": backends}) as running:
+        try:
+            yield running
+        except BaseException:
+            for pid in pids(running):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+
+
+def pids(running: Gateway) -> list[int]:
+    """The workers, also those that a gateway which is dead left behind."""
+    return [int(path.stem) for path in Path(f"{running.admin}.workers").glob("*.sock")]
+
+
+def upgrade(running: Gateway) -> None:
+    arguments = ["upgrade", "--socket", running.admin]
+    done = subprocess.run([sys.executable, "-m", "gateway.cli", *arguments], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr + running.log
+    assert "has taken over" in done.stdout
+
+
+def crash(running: Gateway) -> None:
+    running.signal(signal.SIGKILL)
+    assert running.process is not None
+    running.process.wait()
+
+
+def restart(running: Gateway) -> None:
+    running.process = running.launch()
+    running.wait_for_line("listening; pid", running.log.count("listening; pid") + 1)
+
+
+def ping(sock: socket.socket) -> None:
+    sock.sendall(b"ping")
+    assert sock.recv(4) == b"ping"
+
+
+# Upgrades
+
+
+@pytest.mark.slow
+def test_an_upgrade_keeps_processes_connections_and_their_state(tmp_path: Path, outside: dict[str, Any]) -> None:
+    web = backend(tmp_path, "--say", "hello there", idle="500ms")
+    with lasting(tmp_path, {"web": web, "outside": outside}) as running:
+        with connect(web["listen"]) as sock, connect(outside["listen"]) as other:
+            pid = greeting(sock)
+            greeting(other)
+            before, workers = running.status("web"), running.ask("GET", "/v1/status")["workers"]
+            upgrade(running)
+            ping(sock), ping(other)
+            after = running.status("web")
+            for key in ("state", "wakes", "last_wake", "start_took", "ready_took", "connections", "total"):
+                assert after[key] == before[key], key
+            assert not set(running.ask("GET", "/v1/status")["workers"]) & set(workers)
+            with connect(web["listen"]) as fresh:
+                assert greeting(fresh) == pid
+            assert running.status("outside")["connections"] == 1
+        eventually(lambda: not set(pids(running)) & set(workers))  # the old workers have finished
+        assert running.status("web")["total"] == 2  # what they had counted is not lost with them
+        running.wait_state("web", "stopped")
+        with connect(web["listen"]) as sock:
+            assert greeting(sock) != pid
+
+
+@pytest.mark.slow
+def test_an_upgrade_by_signal_in_every_state(tmp_path: Path) -> None:
+    """Sleeping, starting, frozen, stopping, handed over and one per connection: each goes on."""
+    starting, frozen = backend(tmp_path, "--after", 1, idle="1h"), {**backend(tmp_path)}
+    frozen["command"] = command("--listen", f"unix:{tmp_path}/frozen.sock")
+    frozen |= {"endpoint": f"unix:{tmp_path}/frozen.sock", "idle": {"after": "10ms", "then": "freeze"}}
+    stopping = {"command": command("--listen", f"unix:{tmp_path}/stopping.sock", "--ignore-term")}
+    stopping |= {"endpoint": f"unix:{tmp_path}/stopping.sock", "listen": f"unix:{tmp_path}/stops", "idle": "10ms"}
+    stopping |= {"stop_grace": "1500ms"}
+    passed = {"command": command("--inherit"), "delivery": "pass", "listen": f"tcp://127.0.0.1:{free_port()}"}
+    each = {"command": command("--stdio"), "delivery": "accept", "listen": f"tcp://127.0.0.1:{free_port()}"}
+    backends = {"starting": starting, "frozen": frozen, "stopping": stopping, "passed": passed, "each": each}
+    with lasting(tmp_path, backends) as running, contextlib.ExitStack() as stack:
+        with connect(frozen["listen"]) as sock:
+            frozen_pid = greeting(sock)
+        passed_client, instance = (stack.enter_context(connect(one["listen"])) for one in (passed, each))
+        passed_pid, _ = greeting(passed_client), greeting(instance)
+        running.wait_state("frozen", "frozen")
+        with connect(stopping["listen"]) as sock:
+            stopping_pid = greeting(sock)
+        waiting = stack.enter_context(connect(starting["listen"]))
+        running.wait_state("stopping", "stopping")
+        running.signal(signal.SIGUSR2)
+        running.wait_for_line("listening; pid", 2)
+        assert greeting(waiting)
+        ping(passed_client), ping(instance)
+        assert running.status("each")["connections"] == 1
+        instance.close()
+        eventually(lambda: running.status("each")["connections"] == 0)
+        with connect(passed["listen"]) as sock:
+            assert greeting(sock) == passed_pid
+        assert running.status("frozen")["state"] == "frozen"
+        with connect(frozen["listen"]) as sock:
+            assert greeting(sock) == frozen_pid
+        with connect(stopping["listen"]) as sock:
+            assert greeting(sock) != stopping_pid
+
+
+@pytest.mark.slow
+def test_an_upgrade_that_would_not_start_changes_nothing(tmp_path: Path) -> None:
+    web = backend(tmp_path, idle="1h")
+    with gateway(tmp_path, {"backends": {"web": web}}) as running, connect(web["listen"]) as sock:
+        greeting(sock)
+        worker = running.worker
+        running.file.write_text("backends: {web: {drvier: x}}")
+        arguments = [sys.executable, "-m", "gateway.cli", "upgrade", "--socket", running.admin]
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "drvier" in done.stderr
+        running.signal(signal.SIGUSR2)
+        assert "drvier" in running.wait_for_line("drvier")
+        ping(sock)
+        assert running.worker == worker
+
+
+@pytest.mark.slow
+def test_an_upgrade_follows_the_configuration_of_that_moment(tmp_path: Path) -> None:
+    """What is not configured any more is ended, with its process; what is new listens."""
+    web, gone = backend(tmp_path, idle="1h"), backend(tmp_path, idle="1h")
+    gone |= {"command": command("--listen", f"unix:{tmp_path}/gone"), "endpoint": f"unix:{tmp_path}/gone"}
+    with lasting(tmp_path, {"web": web, "gone": gone}) as running, connect(web["listen"]) as sock:
+        pid = greeting(sock)
+        with connect(gone["listen"]) as leaving:
+            gone_pid = greeting(leaving)
+        fresh = {**backend(tmp_path), "listen": f"unix:{tmp_path}/fresh.sock"}
+        running.write({"gateway": LASTING, "backends": {"web": web, "fresh": fresh}})
+        upgrade(running)
+        ping(sock)
+        with connect(web["listen"]) as second:
+            assert greeting(second) == pid
+        eventually(lambda: gone_pid not in children(running.pid))
+        with pytest.raises(ConnectionRefusedError):
+            connect(gone["listen"])
+        connect(fresh["listen"]).close()
+
+
+# Crashes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_who_uses_what_lives_outside_does_not_notice_a_crash(
+    tmp_path: Path, outside: dict[str, Any], workers: int
+) -> None:
+    with lasting(tmp_path, {"outside": outside}, workers=workers) as running:
+        with connect(outside["listen"]) as first, connect(outside["listen"]) as second:
+            pid = greeting(first)
+            greeting(second)
+            crash(running)
+            ping(first)
+            with connect(outside["listen"]) as meanwhile:
+                assert greeting(meanwhile) == pid
+                second.close()
+                old = set(pids(running))
+                restart(running)
+                running.wait_for_line("still awake")
+                ping(first), ping(meanwhile)
+                row = running.status("outside")
+                assert (row["state"], row["connections"], row["total"]) == ("ready", 2, 3)
+                assert set(running.ask("GET", "/v1/status")["workers"]) == old
+        # It is known how many there were, so it sleeps when they are gone.
+        running.write({"gateway": LASTING, "backends": {"outside": {**outside, "idle": "50ms"}}})
+        running.signal(signal.SIGHUP)
+        running.wait_state("outside", "stopped")
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_control_plane_that_was_killed_and_start_again(tmp_path: Path) -> None:
+    web = backend(tmp_path, idle="1h")
+    with lasting(tmp_path, {"web": web}) as running:
+        with connect(web["listen"]) as sock:
+            pid = greeting(sock)
+            crash(running)
+            with contextlib.suppress(ConnectionResetError):
+                assert receive_all(sock) == b""  # its process is gone
+        with connect(web["listen"]) as waiting:  # nobody could start it now
+            restart(running)
+            assert greeting(waiting) != pid
+        assert running.status("web")["wakes"] == 1
+
+
+@pytest.mark.slow
+def test_clients_of_a_sleeping_backend_wait_for_the_next_control_plane(tmp_path: Path) -> None:
+    web = backend(tmp_path, idle="1h")
+    with lasting(tmp_path, {"web": web}) as running:
+        running.status("web")  # the worker has taken its orders
+        crash(running)
+        with connect(web["listen"]) as first, connect(web["listen"]) as second:
+            restart(running)
+            assert greeting(first) == greeting(second)
+
+
+@pytest.mark.slow
+def test_a_crash_during_an_upgrade_is_survived(tmp_path: Path, outside: dict[str, Any]) -> None:
+    """Workers that finish and workers that accept are told apart."""
+    with lasting(tmp_path, {"outside": outside}) as running, connect(outside["listen"]) as sock:
+        greeting(sock)
+        upgrade(running)
+        workers = running.ask("GET", "/v1/status")["workers"]
+        crash(running)
+        restart(running)
+        assert running.ask("GET", "/v1/status")["workers"] == workers
+        ping(sock)
+        with connect(outside["listen"]) as fresh:
+            greeting(fresh)
+            assert running.status("outside")["connections"] == 2
+
+
+def test_workers_without_a_control_plane_end_after_their_time(tmp_path: Path) -> None:
+    web = backend(tmp_path)
+    with gateway(tmp_path, {"gateway": {"orphan_time": "100ms"}, "backends": {"web": web}}) as running:
+        worker = running.worker
+        crash(running)
+        with connect(web["listen"]) as sock:
+            assert receive_all(sock) == b""
+        eventually(lambda: not Path(f"/proc/{worker}").exists() or pids(running) == [])
+        assert pids(running) == []
+
+
+@pytest.mark.slow
+def test_many_live_transfers_survive_upgrade_reload_and_crash(tmp_path: Path, outside: dict[str, Any]) -> None:
+    """Done when: no connection is cut, no byte is lost."""
+    count, chunk = 100, b"x" * 1000
+    stop = threading.Event()
+    lost: list[str] = []
+    rounds = [0] * count
+
+    def stream(number: int) -> None:
+        try:
+            with connect(outside["listen"]) as sock:
+                greeting(sock)
+                while not stop.is_set():
+                    sock.sendall(chunk)
+                    got = b""
+                    while len(got) < len(chunk):
+                        data = sock.recv(len(chunk) - len(got))
+                        if not data:
+                            raise ConnectionError("cut")
+                        got += data
+                    assert got == chunk
+                    rounds[number] += 1
+        except (OSError, AssertionError) as error:
+            lost.append(f"{number}: {error!r}")
+
+    def flowing() -> None:
+        before = list(rounds)
+        eventually(lambda: lost or all(now > then for now, then in zip(rounds, before, strict=True)), "all flow")
+
+    with lasting(tmp_path, {"outside": outside}, workers=2) as running:
+        threads = [threading.Thread(target=stream, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        try:
+            flowing()
+            upgrade(running)
+            flowing()
+            running.signal(signal.SIGHUP)
+            running.wait_for_line("reloaded")
+            flowing()
+            crash(running)
+            flowing()
+            restart(running)
+            flowing()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(PATIENCE)
+        assert lost == []
+        eventually(lambda: running.status("outside")["connections"] == 0)
