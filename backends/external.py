@@ -67,10 +67,11 @@ class External(Backend):
         self._half_started = False
         if self._stop is not None:
             self.stop_slack += self._stop.timeout
-        self.capabilities = Capability.ADOPT
         if self._start is None and self._stop is None:
-            self.capabilities |= Capability.ALWAYS_ON
+            # It is looked at when somebody comes, unless it can be asked before.
+            self.capabilities = Capability.ALWAYS_ON | (Capability.ADOPT if self._status else Capability.NONE)
         else:
+            self.capabilities = Capability.ADOPT
             self._stopped.set()
 
     async def start(self, sockets: Sequence[PassedSocket] = ()) -> None:

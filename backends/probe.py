@@ -23,7 +23,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from backends.endpoint import AddressError, Endpoint, Inet, Inherited, Tcp, Unix, Vsock, VsockMux, is_datagram, resolve
+from backends.endpoint import (
+    AddressError,
+    Endpoint,
+    Inet,
+    Inherited,
+    Tcp,
+    Unix,
+    Vsock,
+    VsockMux,
+    is_datagram,
+    resolve,
+)
 from backends.notifications import Notifications
 from backends.output import Output
 from backends.units import Command, Duration
@@ -206,9 +217,8 @@ def _is_stream(endpoint: Endpoint) -> bool:
 async def _each(
     probed: Probed, asked: Collection[Endpoint], ask: Callable[[Endpoint], Coroutine[Any, Any, Endpoint]]
 ) -> Mapping[str, Endpoint]:
-    """Ask about all endpoints at a time; of those that are not asked, the first address is taken.
-
-    An error of one ends the others.
+    """Ask about all endpoints at a time; an error of one ends the others. Of those that are not asked, the first address is
+    taken.
     """
     loop = asyncio.get_running_loop()
     asking = [

@@ -106,7 +106,7 @@ def check(file: Path | None) -> None:
     """Check a configuration, with the code that `run` uses, and say what is wrong with it."""
     path = _find(file)
     loaded = _load(path)
-    click.echo(f"{path}: {len(loaded.backends)} backends, no errors")
+    click.echo(f"{path}: {len(loaded.backends)} backend{'s' * (len(loaded.backends) != 1)}, no errors")
 
 
 @main.command()

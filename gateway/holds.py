@@ -11,6 +11,7 @@ import math
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -20,8 +21,9 @@ log = logging.getLogger(__name__)
 class Holds:
     """Backend name -> seconds since the epoch until which it is held; null in the file: until released."""
 
-    def __init__(self, directory: str) -> None:
-        self._path = Path(directory, "holds.json")
+    def __init__(self, directory: str, owner: str = "") -> None:
+        """`owner` tells the gateways apart that share a directory."""
+        self._path = Path(directory, f"holds{quote(owner, safe='')[-200:]}.json")
         self._until: dict[str, float | None] = {}
         self._saving = asyncio.Lock()
 

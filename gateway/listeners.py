@@ -211,7 +211,7 @@ def _file(endpoint: object) -> tuple[int, int] | None:
 def _explain(error: OSError, endpoint: Endpoint) -> str:
     """What went wrong, and what helps."""
     if error.errno == errno.EADDRINUSE and isinstance(endpoint, Local) and not endpoint.abstract:
-        return "the file is there already, and is no socket, or another program listens behind it"
+        return "the address is in use by another program, or the file is no socket"
     if error.errno == errno.EADDRINUSE:
         return "the address is in use, by another program or by another listener here"
     if error.errno == errno.EACCES and isinstance(endpoint, Inet) and endpoint.port < 1024:

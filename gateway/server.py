@@ -24,9 +24,10 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
+from backends import environment
 from backends.base import Shared
 from backends.command import CommandFailed, run
-from gateway import __version__, upgrade
+from gateway import __version__, logs, upgrade
 from gateway.admin import Admin, Stopping, UnknownBackend
 from gateway.config import BackendConfig, Config, ConfigError, Delivery
 from gateway.holds import Holds
@@ -67,7 +68,7 @@ class Server:
         self.listeners = Listeners(inherited_sockets())
         self.workers = Workers(self, config.gateway)
         self.shared = Shared()
-        self.holds = Holds(config.gateway.state_directory)
+        self.holds = Holds(config.gateway.state_directory, config.gateway.admin)
         self.admin = Admin(self, config.gateway.admin)
         self.environment = Environment(self.workers, self.listeners, self.shared, self.changed)
         self.stopping = False
@@ -220,17 +221,19 @@ class Server:
         async with self._reloading:
             if self._signals:
                 raise Stopping("the gateway is stopping")
-            environment = {upgrade.VARIABLE: upgrade.TRIAL}
-            await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env=environment)
-            await answered()
+            await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env={upgrade.VARIABLE: upgrade.TRIAL})
             self.notifier.reloading()
             log.info("the version on the disk takes over")
+            await asyncio.to_thread(logs.flush)
+            await answered()
+            # From here on without a pause: what happened meanwhile would be lost.
             estate = upgrade.Estate()
             estate.left.sockets += self.listeners.hand_over(estate)
             estate.left.shared = self.shared.hand_over(estate)
             estate.left.services = {name: service.hand_over(estate) for name, service in self.services.items()}
             try:
-                upgrade.replace(estate, self.notifier.environment)
+                limit = {environment.NOFILE_VARIABLE: str(environment.NOFILE)}
+                upgrade.replace(estate, {**self.notifier.environment, **limit})
             finally:
                 self.notifier.ready()
 

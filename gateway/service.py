@@ -20,6 +20,7 @@ from gateway.activation import Activation
 from gateway.config import BackendConfig, Delivery
 from gateway.handover import Instances, PassGate
 from gateway.listeners import Listeners, Listening, key
+from gateway.logs import OutputLog
 from gateway.plane.link import Tally
 from gateway.states import State
 from gateway.status import BackendStatus, StateChange
@@ -79,7 +80,7 @@ class Service:
             shared=environment.shared, passes=config.delivery is Delivery.PASS,
         )  # fmt: skip
         self.backend = load(config.driver)(config.options, setup)
-        setup.output.listen(self._log_output)
+        setup.output.listen(OutputLog(config.name))
         self.activation: Activation | None = None
         self.instances: Instances | None = None
         self._gate: RelayGate | PassGate | None = None
@@ -288,7 +289,7 @@ class Service:
             driver=self.config.driver,
             delivery=self.config.delivery.value,
             state=self.state.value,
-            since=now - life.since if life else 0.0,
+            since=now - who.since,
             listeners={listening.listener.name: str(listening.address) for listening in self.sockets},
             endpoints={name: str(endpoint) for name, endpoint in life.endpoints.items()}
             if life and not life.asleep
@@ -322,9 +323,6 @@ class Service:
 
     def _changed(self) -> None:
         self.environment.changed(self)
-
-    def _log_output(self, line: str) -> None:
-        log.info("%s", line, extra={"backend": self.name, "output": True})
 
 
 def _left(until: float, now: float) -> float:

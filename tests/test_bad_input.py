@@ -192,7 +192,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         config = {"backends": {"other": other(tmp_path), "web": {**backend(tmp_path), "listen": address}}}
         said = run_refused(Gateway(tmp_path, config))
-    assert said == f"Error: {address}: the address is in use by another program"
+    assert said == f"Error: {address}: the address is in use, by another program or by another listener here"
     assert not (tmp_path / "other.sock").exists()
 
 
@@ -201,7 +201,9 @@ def test_a_unix_socket_in_use_and_a_file_in_its_place(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as taken:
         taken.bind(f"{tmp_path}/s")
         taken.listen()
-        assert run_refused(running) == f"Error: unix:{tmp_path}/s: the address is in use by another program"
+        assert run_refused(running) == (
+            f"Error: unix:{tmp_path}/s: the address is in use by another program, or the file is no socket"
+        )
     (tmp_path / "s").unlink()
     (tmp_path / "s").write_text("precious")
     assert "in use" in run_refused(running)

@@ -26,7 +26,7 @@ from gateway.cli import main
 from gateway.status import BackendStatus, GatewayStatus
 from tests.mimic import command
 from tests.running import PATIENCE, Gateway, eventually, free_port, gateway, receive_all
-from tests.test_gateway import backend, connect, greeting
+from tests.test_gateway import backend, connect, greeting, try_connect
 
 DORMANT = [sys.executable, "-m", "gateway.cli"]
 ROOT = Path(__file__).parent.parent
@@ -135,9 +135,9 @@ def test_something_else_at_the_socket(tmp_path: Path) -> None:
 def test_check(tmp_path: Path) -> None:
     file = tmp_path / "dormant.yaml"
     file.write_text("backends: {web: {command: cat, delivery: accept, listen: 'tcp://127.0.0.1:1'}}")
-    assert typed("check", file) == f"{file}: 1 backends, no errors\n"
-    assert typed("check", cwd=tmp_path) == "dormant.yaml: 1 backends, no errors\n"
-    assert dormant("check", DORMANT_CONFIG=str(file)) == f"{file}: 1 backends, no errors\n"
+    assert typed("check", file) == f"{file}: 1 backend, no errors\n"
+    assert typed("check", cwd=tmp_path) == "dormant.yaml: 1 backend, no errors\n"
+    assert dormant("check", DORMANT_CONFIG=str(file)) == f"{file}: 1 backend, no errors\n"
 
 
 def test_check_tells_all_errors_and_run_the_same(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_start_and_stop(tmp_path: Path) -> None:
     web = backend(tmp_path, idle="1h")
     with gateway(tmp_path, {"backends": {"web": web}}) as running:
         assert at(running, "start", "web") == "web: ready\n"
-        assert running.status("web")["last_wake"] == "started by hand"
+        assert running.status("web")["last_wake"] == "dormant start"
         assert at(running, "start", "web") == "web: ready\n"
         with connect(web["listen"]) as sock:
             pid = greeting(sock)
@@ -376,9 +376,12 @@ def test_holds_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_broken_file_of_holds_is_told_and_ignored(tmp_path: Path) -> None:
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "holds.json").write_bytes(b"{\xff")
     web = backend(tmp_path)
+    with gateway(tmp_path, {"backends": {"web": web}}) as running:
+        at(running, "hold", "web")
+    (file,) = (tmp_path / "state").iterdir()
+    file.write_bytes(b"{\xff")
+    running.log_file.unlink()
     with gateway(tmp_path, {"backends": {"web": web}}) as running, connect(web["listen"]) as sock:
         greeting(sock)
         running.wait_for_line("holds are not restored")
@@ -464,7 +467,7 @@ def test_log_as_text(tmp_path: Path) -> None:
     assert all(re.match(r"\d\d:\d\d:\d\d\.\d{3} ", line) for line in running.log.splitlines())
     assert re.search(r"^[\d:.]+ web \| good morning$", running.log, re.M)
     assert re.search(r"^[\d:.]+ web: awake: woken by ", running.log, re.M)
-    assert re.search(r"^[\d:.]+ 1 backends asleep, listening; pid \d+$", running.log, re.M)
+    assert re.search(r"^[\d:.]+ 1 backend asleep, listening; pid \d+$", running.log, re.M)
 
 
 def test_log_is_json_by_itself_when_there_is_no_terminal(tmp_path: Path) -> None:
@@ -477,7 +480,7 @@ def test_log_is_json_by_itself_when_there_is_no_terminal(tmp_path: Path) -> None
 def test_log_is_text_on_a_terminal(tmp_path: Path) -> None:
     running = Gateway(tmp_path, {"gateway": {"log": "auto"}, "backends": {"web": backend(tmp_path)}})
     with terminal("run", running.file) as (process, read_until):
-        assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} 1 backends ", read_until("asleep, listening"))
+        assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} 1 backend ", read_until("asleep, listening"))
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 0
 
@@ -488,8 +491,7 @@ def test_log_level(tmp_path: Path) -> None:
     running.process = running.launch()
     with contextlib.ExitStack() as stack:
         stack.callback(running.stop)
-        eventually(lambda: Path(running.admin).exists())
-        with stack.enter_context(connect(web["listen"])) as sock:
+        with eventually(lambda: try_connect(web["listen"])) as sock:
             assert receive_all(sock) == b""
         running.wait_for_line("start failed")
     assert len(running.log.splitlines()) == 1
@@ -586,5 +588,7 @@ def test_activate_on_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = typed("activate", "--admin", tmp_path / "a", "-l", f"127.0.0.1:{port}", "cat", code=1)
-    assert f"Error: tcp://127.0.0.1:{port}: the address is in use by another program" in said
+    assert (
+        f"Error: tcp://127.0.0.1:{port}: the address is in use, by another program or by another listener here" in said
+    )
     assert not (tmp_path / "a").exists()

@@ -42,7 +42,7 @@ FLAG = {"start": sh("touch up"), "stop": sh("rm up"), "status": sh("test -e up")
 
 async def test_without_commands_it_is_always_there(make: Make) -> None:
     backend = make()
-    assert backend.capabilities == Capability.ADOPT | Capability.ALWAYS_ON
+    assert backend.capabilities == Capability.ALWAYS_ON
     await backend.start()
     assert await backend.status() is Status.RUNNING
     await backend.stop(0)

@@ -189,12 +189,12 @@ def test_inherited_socket_serves(tmp_path: Path) -> None:
     running.process = running.launch([activate, "-l", f"127.0.0.1:{port}", *running.command])
     with contextlib.ExitStack() as stack:
         stack.callback(running.stop)
-        sock = stack.enter_context(eventually(lambda: _try_connect(web["listen"])))
+        sock = stack.enter_context(eventually(lambda: try_connect(web["listen"])))
         greeting(sock)
         assert "inherited" in running.log
 
 
-def _try_connect(address: str) -> socket.socket | None:
+def try_connect(address: str) -> socket.socket | None:
     try:
         return connect(address)
     except OSError:
@@ -209,7 +209,7 @@ def test_inherited_socket_by_name(tmp_path: Path) -> None:
     running.process = running.launch([activate, "-l", f"127.0.0.1:{port}", "--fdname=front", *running.command])
     with contextlib.ExitStack() as stack:
         stack.callback(running.stop)
-        greeting(stack.enter_context(eventually(lambda: _try_connect(web["listen"]))))
+        greeting(stack.enter_context(eventually(lambda: try_connect(web["listen"]))))
 
 
 def test_next_client_after_a_crash_is_served(tmp_path: Path) -> None:

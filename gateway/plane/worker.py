@@ -63,8 +63,8 @@ class Worker:
         self.letting_in = False
         self.troubles: dict[str, float] = {}
         """what was said a moment ago, and when"""
-        own_ports()
         self.rendezvous = Rendezvous(self.loop, rendezvous, path, self.met) if rendezvous >= 0 else None
+        own_ports()
         self.linked(sock)
 
     # A connection
