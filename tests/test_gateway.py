@@ -419,7 +419,7 @@ def test_freeze_and_thaw(tmp_path: Path) -> None:
         with connect(web["listen"]) as sock:
             pid = greeting(sock)
         running.wait_state("web", "frozen")
-        assert "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
+        eventually(lambda: "\nState:\tT" in Path(f"/proc/{pid}/status").read_text())
         with connect(web["listen"]) as sock:
             assert greeting(sock) == pid
         running.wait_state("web", "frozen")

@@ -346,7 +346,7 @@ def test_the_second_signal_cuts(tmp_path: Path) -> None:
         greeting(sock)
         running.signal(signal.SIGTERM)
         running.wait_for_line("stopping")
-        running.signal(signal.SIGTERM)
+        running.signal(signal.SIGINT)
         assert receive_all(sock) == b""
 
 
