@@ -180,7 +180,7 @@ def _address(text: str) -> str:
 
 _socket_option = click.option(
     "--socket", "path", envvar="DORMANT_SOCKET", default=config.default_admin, show_default="the default of gateway.admin",
-    help="The admin socket of the gateway.",
+    help="The admin socket of the gateway.", show_envvar=True,
 )  # fmt: skip
 
 
@@ -220,7 +220,8 @@ async def _show(path: str, names: tuple[str, ...], as_json: bool) -> None:
         click.echo(msgspec.json.format(msgspec.json.encode(found), indent=2).decode())
     else:
         console = Console()
-        Console(width=None if console.is_terminal else 200).print(table(found))
+        width = console.width if console.is_terminal else 200
+        Console(width=width).print(table(found, width))
 
 
 async def _watch(path: str, names: tuple[str, ...]) -> None:
@@ -230,7 +231,9 @@ async def _watch(path: str, names: tuple[str, ...]) -> None:
     from gateway.show import table
 
     async with Client(path) as client:
-        with Live(table(await client.status(*names)), auto_refresh=False) as live:
+        found = await client.status(*names)
+        with Live(auto_refresh=False) as live:
+            live.update(table(found, live.console.width), refresh=True)
             changed = asyncio.Event()
 
             async def listen() -> None:
@@ -243,7 +246,7 @@ async def _watch(path: str, names: tuple[str, ...]) -> None:
                     async with asyncio.timeout(1):
                         await changed.wait()
                 changed.clear()
-                live.update(table(await client.status(*names)), refresh=True)
+                live.update(table(await client.status(*names), live.console.width), refresh=True)
             await listening
 
 

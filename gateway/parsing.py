@@ -143,6 +143,9 @@ def _short_or_whole(
 ) -> Any:
     if isinstance(value, dict):
         return convert_struct(kind, value, place, problems)
+    if value is None:  # an empty key is an oversight; `never` is what stands for nothing
+        problems.wrong(place, value, "a value, or no such key")
+        return FAILED
     converted = first(value, place, problems)
     return FAILED if converted is FAILED else _make(kind, {name: converted}, place, problems)
 

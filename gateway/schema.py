@@ -125,7 +125,10 @@ def _of(kind: Any) -> Schema:
         return {"anyOf": [_of(inner), {"type": "null"}]}
     if isinstance(kind, type) and issubclass(kind, Struct):
         whole = _struct(kind)
-        return {"anyOf": [_of(next(iter(fields(kind).values())).type), whole]} if has_short_form(kind) else whole
+        if not has_short_form(kind):
+            return whole
+        first = next(iter(fields(kind).values())).type
+        return {"anyOf": [_of(without_none(first) or first), whole]}
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return {"anyOf": [_of(member) for member in arguments]}

@@ -99,7 +99,7 @@ def test_it_refuses_what_is_wrong(case: str, validator: Any) -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {}, {"idle": "never"}, {"idle": 30}, {"idle": None}, {"idle": {"after": "1m", "then": "freeze", "stop_after": "1h"}},
+        {}, {"idle": "never"}, {"idle": 30}, {"idle": {"after": "1m", "then": "freeze", "stop_after": "1h"}},
         {"ready": "http"}, {"ready": {"http": "/a"}}, {"ready": {"exec": {"command": ["a"], "timeout": 1}}},
         {"ready": {"udp": {"send": "hex:00", "expect": "x"}}}, {"limits": {"flow_timeout": "1m", "flow_bytes": "64KiB"}},
         {"ready": {"delay": "2s"}}, {"listen": ["unix:/a", {"address": "unix:/b", "name": "b"}]},
@@ -115,7 +115,7 @@ def test_it_takes_every_form(keys: dict[str, Any], validator: Any) -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"idel": "5m"}, {"idle": {"aftr": 1}}, {"idle": []}, {"ready": "exec"}, {"ready": {"http": "/", "delay": 1}},
+        {"idel": "5m"}, {"idle": None}, {"idle": {"aftr": 1}}, {"idle": []}, {"ready": "exec"}, {"ready": {"http": "/", "delay": 1}},
         {"ready": {"htp": "/"}}, {"listen": []}, {"listen": {}}, {"listen": 80}, {"limits": {"pending": 0}},
         {"ready": "udp"}, {"limits": 5}, {"delivery": "rely"}, {"driver": "external"}, {"driver": "proces"}, {"env": {"A": []}},
         {"endpoints": "unix:/a"}, {"start": "x"},

@@ -69,7 +69,7 @@ def test_one_that_is_awake_and_used() -> None:
         ({"state": "ready", "sleeps_in": 0.0}, "SLEEPS IN", "0s"),
         ({"state": "ready", "held_for": -1.0}, "SLEEPS IN", "held"),
         ({"state": "frozen", "held_for": 5400.0, "sleeps_in": 30.0}, "SLEEPS IN", "held 1h30m"),
-        ({"state": "stopped", "held_for": -1.0}, "SLEEPS IN", "-"),
+        ({"state": "stopped", "held_for": -1.0}, "SLEEPS IN", "held"),
         ({"state": "stopped", "retry_in": 2.5, "held_for": -1.0}, "SLEEPS IN", "retry in 2.5s"),
         ({"state": "ready", "retry_in": 2.5}, "SLEEPS IN", "-"),
         ({"memory": 0}, "MEMORY", "0B"),
