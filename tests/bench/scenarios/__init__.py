@@ -1,0 +1,14 @@
+"""The scenarios of the bench, by the first part of their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.bench.rounds import Bench
+from tests.bench.scenarios import relay
+
+SCENARIOS: dict[str, Callable[[Bench], None]] = {
+    "relay": relay.run,
+}
+
+NAMES = (*relay.NAMES,)
