@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.bench.rounds import Bench
-from tests.bench.scenarios import relay
+from tests.bench.scenarios import cold, relay
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "relay": relay.run,
+    "cold": cold.run,
 }
 
-NAMES = (*relay.NAMES,)
+NAMES = (*relay.NAMES, *cold.NAMES)
