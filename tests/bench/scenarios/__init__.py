@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.bench.rounds import Bench
-from tests.bench.scenarios import cold, relay
+from tests.bench.scenarios import cold, handover, relay
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "relay": relay.run,
     "cold": cold.run,
+    "pass": handover.run,
 }
 
-NAMES = (*relay.NAMES, *cold.NAMES)
+NAMES = (*relay.NAMES, *cold.NAMES, *handover.NAMES)
