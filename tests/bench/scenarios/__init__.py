@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.bench.rounds import Bench
-from tests.bench.scenarios import cold, handover, relay
+from tests.bench.scenarios import cold, handover, relay, rest
 
 SCENARIOS: dict[str, Callable[[Bench], None]] = {
     "relay": relay.run,
     "cold": cold.run,
     "pass": handover.run,
+    "rest": rest.run,
 }
 
-NAMES = (*relay.NAMES, *cold.NAMES, *handover.NAMES)
+NAMES = (*relay.NAMES, *cold.NAMES, *handover.NAMES, *rest.NAMES)
