@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # The real programs that the tests use as clients, backends and peers.
-PACKAGES := bind9-dnsutils curl dnsmasq-base haproxy netcat-openbsd nginx-light openssh-client openssh-server podman \
+PACKAGES := bind9-dnsutils busybox-static curl dnsmasq-base haproxy libnginx-mod-stream netcat-openbsd nginx-light \
+	openssh-client openssh-server podman \
 	redis-server redis-tools runc socat systemd wrk
 
 .PHONY: help run test lint format bench clean setup packages
@@ -50,7 +51,7 @@ lint: $(READY) ## ruff, mypy and import-linter alone
 format: $(READY) ## format the code
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-bench: $(READY) packages ## measure new connections, keep-alive and cold starts beside the peers
+bench: $(READY) packages ## measure beside the peers: everything, or ARGS="--short", ARGS="--only relay.new,cold", ARGS=--help
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 clean: ## remove what was made here

@@ -115,7 +115,8 @@ def test_it_takes_every_form(keys: dict[str, Any], validator: Any) -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"idel": "5m"}, {"idle": None}, {"idle": {"aftr": 1}}, {"idle": []}, {"ready": "exec"}, {"ready": {"http": "/", "delay": 1}},
+        {"idel": "5m"}, {"idle": None}, {"idle": {"aftr": 1}}, {"idle": []}, {"ready": "exec"},
+        {"ready": {"http": "/", "delay": 1}},
         {"ready": {"htp": "/"}}, {"listen": []}, {"listen": {}}, {"listen": 80}, {"limits": {"pending": 0}},
         {"ready": "udp"}, {"limits": 5}, {"delivery": "rely"}, {"driver": "external"}, {"driver": "proces"}, {"env": {"A": []}},
         {"endpoints": "unix:/a"}, {"start": "x"},

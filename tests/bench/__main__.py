@@ -2,68 +2,106 @@
 
 from __future__ import annotations
 
-import json
-import statistics
+import dataclasses
+import resource
+import shlex
+import signal
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import click
 from rich.console import Console
-from rich.table import Table
 
-from tests.bench.scenarios import SCENARIOS, Result, overhead
+from tests.bench import report
+from tests.bench.results import selected
+from tests.bench.rounds import SHORT, Bench, Plan
+from tests.bench.scenarios import NAMES, SCENARIOS
+
+WIDTH = 220
+FULL = Plan()
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--rounds", default=5, show_default=True, help="Alternating rounds of each scenario.")
-@click.option("--seconds", default=2.0, show_default=True, help="Length of one measurement.")
-@click.option("--only", default=",".join(SCENARIOS), show_default=True, help="Scenarios, separated by commas.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every sample to this file.")
-def main(rounds: int, seconds: float, only: str, json_file: Path | None) -> None:
-    """Measure Dormant beside its peers, in one run."""
-    names = only.split(",")
-    unknown = sorted(set(names) - set(SCENARIOS))
-    if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}; there are: {', '.join(SCENARIOS)}", param_hint="--only")
-    results = []
-    with tempfile.TemporaryDirectory(prefix="dormant-bench-") as directory:
-        for name in names:
-            results += SCENARIOS[name](Path(directory), rounds, seconds)
-    sys.stderr.write("\r\033[K")
-    Console(width=130).print(table(results))
-    for result in results:
-        if "alone" in result.samples:
-            middle, high = overhead(result)
-            click.echo(f"{result.title}: Dormant adds {middle:.1f} ms (p50), {high:.1f} ms (p99)")
-    if json_file:
-        json_file.write_text(json.dumps([asdict(result) for result in results], indent=1))
+@click.option("--only", help="Scenarios, separated by commas: relay, relay.new, relay.bulk.unix, cold.one; see --list.")
+@click.option("--list", "listing", is_flag=True, help="Print the names of the scenarios.")
+@click.option("--short", is_flag=True, help="Fewer and smaller samples: under two minutes in all, and less certain.")
+@click.option("--rounds", type=click.IntRange(1, 1000), help=f"Alternating rounds.  [default: {FULL.rounds}]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1, 600),
+    help=f"Of load for one sample; wrk takes whole ones.  [default: {FULL.seconds:g}]",
+)
+@click.option("--workers", type=click.IntRange(1, 64), help="One more Dormant as a peer, with gateway.workers: N.")
+@click.option(
+    "--compare", multiple=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Another checkout of Dormant as a peer: before and after a change. Repeatable.",
+)  # fmt: skip
+@click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Every sample.")
+@click.option(
+    "--markdown", "markdown_file", type=click.Path(dir_okay=False, path_type=Path), help="The report as a file."
+)
+def main(
+    only: str | None, listing: bool, short: bool, rounds: int | None, seconds: float | None, workers: int | None,
+    compare: tuple[Path, ...], json_file: Path | None, markdown_file: Path | None,
+) -> None:  # fmt: skip
+    """Measure Dormant beside its peers, in one run, in alternating rounds."""
+    if listing:
+        click.echo("\n".join(NAMES))
+        return
+    plan = SHORT if short else FULL
+    given = {"rounds": rounds, "seconds": seconds, "workers": workers}
+    changes = {name: value for name, value in given.items() if value is not None}
+    plan = dataclasses.replace(plan, only=names(only), compare=compare, **changes)  # type: ignore[arg-type]
+
+    with tempfile.TemporaryDirectory(prefix="dormant-bench-", ignore_cleanup_errors=True) as directory:
+        bench = Bench(Path(directory), plan)
+        try:
+            measure(bench)
+        finally:
+            bench.progress.done()
+            tell(bench, json_file, markdown_file)
+    sys.exit(1 if bench.failures else 0)
 
 
-def table(results: list[Result]) -> Table:
-    """Medians; the ratio is against HAProxy in the same round, with its spread."""
-    grid = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("scenario", "peer", "median", "ratio", "spread", "p50 us", "p99 us", "CPU", "errors"):
-        grid.add_column(heading, justify="left" if heading in ("scenario", "peer", "errors") else "right")
-    for result in results:
-        reference = "haproxy" if "haproxy" in result.samples else next(iter(result.samples))
-        title = f"{result.title} ({result.unit})"
-        for peer, samples in result.samples.items():
-            ratios = result.ratios(peer, reference)
-            grid.add_row(
-                title,
-                peer,
-                f"{statistics.median(sample.rate for sample in samples):,.0f}",
-                f"{statistics.median(ratios):.2f}",
-                f"{min(ratios):.2f}-{max(ratios):.2f}",
-                f"{statistics.median(sample.p50 for sample in samples):,.0f}" if samples[0].p50 else "",
-                f"{statistics.median(sample.p99 for sample in samples):,.0f}" if samples[0].p99 else "",
-                f"{statistics.median(sample.cpu for sample in samples):.1f}" if samples[0].cpu else "",
-                next((sample.errors for sample in samples if sample.errors), ""),
+def names(only: str | None) -> tuple[str, ...]:
+    wanted = tuple(name.strip() for name in only.split(",")) if only else ()
+    for name in wanted:
+        if not any(selected(known, [name]) for known in NAMES):
+            raise click.BadParameter(
+                f"{name!r} is none of: {', '.join(NAMES)}, nor the beginning of one", param_hint="--only"
             )
-            title = ""
-    return grid
+    return wanted
+
+
+def measure(bench: Bench) -> None:
+    # Idle connections and sleeping backends need many descriptors, and the peers inherit the limit.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGTERM, interrupted)  # so that everything that was started is ended
+    for run in SCENARIOS.values():
+        run(bench)
+
+
+def interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def tell(bench: Bench, json_file: Path | None, markdown_file: Path | None) -> None:
+    """What there is, also when it was interrupted."""
+    machine = report.machine()
+    Console(width=WIDTH).print(report.table(bench.results))
+    click.echo()
+    for aim in report.aims(bench.results):
+        click.echo("  ".join(aim))
+    for failure in bench.failures:
+        click.echo(f"could not be measured: {failure}")
+    if json_file:
+        json_file.write_text(report.as_json(bench.results, bench.plan, machine))
+    if markdown_file:
+        command = shlex.join(["python", "-m", "tests.bench", *sys.argv[1:]])
+        markdown_file.write_text(report.markdown(bench.results, bench.plan, machine, command))
 
 
 if __name__ == "__main__":
