@@ -136,10 +136,11 @@ def _is_gone(sock: socket.socket) -> bool:
 @pytest.mark.slow
 def test_a_gate_is_closed_in_all_workers_before_its_backend_sleeps(tmp_path: Path) -> None:
     """A worker that does not answer counts as busy: nothing is stopped in use."""
-    web = backend(tmp_path, idle="100ms")
+    web = backend(tmp_path, idle="2s")
     with gateway(tmp_path, two(web=web)) as running:
         with connect(web["listen"]) as sock:
             pid = greeting(sock)
+        eventually(lambda: running.status("web")["sleeps_in"] is not None)  # it is known to be quiet
         stuck = running.ask("GET", "/v1/status")["workers"][1]
         os.kill(stuck, signal.SIGSTOP)
         try:
