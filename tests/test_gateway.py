@@ -404,7 +404,7 @@ def test_idle_gateway_uses_no_cpu_and_makes_no_wakeups(tmp_path: Path) -> None:
         used, switches = [cpu(pid) for pid in planes], [_switches(pid) for pid in planes]
         deadline = time.monotonic() + 1
         eventually(lambda: time.monotonic() > deadline)
-        assert [cpu(pid) for pid in planes] == used
+        assert sum(cpu(pid) for pid in planes) - sum(used) < 0.025  # two ticks of the clock that counts it
         assert sum(_switches(pid) for pid in planes) - sum(switches) <= 2
 
 
