@@ -193,7 +193,7 @@ class Activation:
             status = await self.backend.status()
         except (BackendError, OSError) as error:
             log.warning("its status is unknown: %s", error, extra=self._who)
-        if not self.asleep:
+        if not self.asleep or self._closed:
             return
         if status is Status.RUNNING and endpoints is not None:
             log.info("still awake", extra=self._who)

@@ -58,13 +58,17 @@ class Admin:
         self._listening: Listening | None = None
 
     async def start(self) -> None:
-        """Listen. Raises ListenError, also when another gateway answers there."""
+        """Listen; who comes waits for `serve`. Raises ListenError, also when another gateway answers there."""
         with contextlib.suppress(OSError):
             Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._listening = self.server.listeners.open(Listener(name="admin", endpoint=Unix(self.path, mode=0o600)))
         except ListenError as error:
             raise ListenError(f"the admin socket: {error}; gateway.admin names another path") from error
+
+    async def serve(self) -> None:
+        """Answer: there is something to tell of now."""
+        assert self._listening is not None
         self._runner = web.AppRunner(
             application(self.server),
             access_log=None,

@@ -113,6 +113,7 @@ class Server:
         for config in self.config.backends.values():
             self._add(config, sockets[config.name])
         self._settle()
+        await self.admin.serve()
         self.notifier.ready()
         self._tell_status()
         for unused in self.listeners.unused:
@@ -222,6 +223,8 @@ class Server:
             if self._signals:
                 raise Stopping("the gateway is stopping")
             await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env={upgrade.VARIABLE: upgrade.TRIAL})
+            if self._signals:  # one came meanwhile
+                raise Stopping("the gateway is stopping")
             self.notifier.reloading()
             log.info("the version on the disk takes over")
             await asyncio.to_thread(logs.flush)

@@ -110,9 +110,10 @@ class Service:
     def _listen(self) -> None:
         if not self.sockets:  # it was removed while it waited
             return
-        for listening in self.sockets:
-            for sock in listening.sockets:
-                sock.setblocking(False)  # a backend that had it has changed that for all who have it
+        if not isinstance(self._gate, PassGate):  # there the backend may have it now, and wants it blocking
+            for listening in self.sockets:
+                for sock in listening.sockets:
+                    sock.setblocking(False)  # a backend that had it has changed that for all who have it
         if self.instances is not None:
             self.instances.listen()
         elif isinstance(self._gate, PassGate):

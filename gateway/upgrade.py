@@ -20,9 +20,8 @@ VARIABLE = "DORMANT_UPGRADE"
 """In the environment of the new program: the descriptor of the estate, or TRIAL."""
 TRIAL = "trial"
 
-HELD_BACK = (signal.SIGTERM, signal.SIGINT)
-"""Signals that wait until the new program handles them. Others that it handles are ignored meanwhile."""
-IGNORED = (signal.SIGHUP, signal.SIGUSR2)
+HELD_BACK = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+"""Signals that wait until the new program handles them."""
 
 
 class KeptSocket(Struct):
@@ -122,8 +121,6 @@ def replace(estate: Estate, environment: Mapping[str, str]) -> NoReturn:
     for fd in (file, *estate.left.descriptors):
         os.set_inheritable(fd, True)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
     try:
         os.execve(sys.executable, arguments(), {**os.environ, **environment, VARIABLE: str(file)})
     except BaseException:

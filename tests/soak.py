@@ -277,16 +277,18 @@ def soak(directory: Path, seconds: float, say: Callable[[str], None] = lambda _:
         end = time.monotonic() + seconds
         gap = min(2.0, seconds / 20)
         said = 0.0
-        while time.monotonic() < end:
-            time.sleep(gap)
-            run.sample()
-            if time.monotonic() - said > 30:
-                said = time.monotonic()
-                counts = f"{sum(run.done.values())} done, {len(run.failures)} failures"
-                say(f"{Duration(end - said)} left, {counts}, {run.samples[-1:]}")
-        run.over.set()
-        for thread in threads:
-            thread.join()
+        try:
+            while time.monotonic() < end:
+                time.sleep(gap)
+                run.sample()
+                if time.monotonic() - said > 30:
+                    said = time.monotonic()
+                    counts = f"{sum(run.done.values())} done, {len(run.failures)} failures"
+                    say(f"{Duration(end - said)} left, {counts}, {run.samples[-1:]}")
+        finally:
+            run.over.set()
+            for thread in threads:
+                thread.join()
         _after(run)
     return run
 

@@ -136,6 +136,7 @@ class Worker:
         if gate is None:
             self.gates[order.backend] = Gate(self.loop, order, self.tell, self.settling)
         else:
+            gate.forgotten = False
             gate.limit(order)
 
     def listen(self, order: say.Listen, fds: list[int]) -> None:
