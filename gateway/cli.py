@@ -340,12 +340,12 @@ async def _upgrade(path: str) -> None:
     from gateway.client import AdminError, Client
 
     async with Client(path) as client:
-        before = (await client.status()).uptime
+        before = (await client.status()).started
         await client.upgrade()
     # The admin socket stays open all the while: the next answer comes from the new version.
     async with Client(path) as client:
         after = await client.status()
-    if after.uptime >= before:
+    if after.started == before:
         raise AdminError("it did not take place; the gateway's log says why")
     click.echo(f"version {after.version} has taken over")
 

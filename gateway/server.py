@@ -363,7 +363,7 @@ class Server:
         rows = await asyncio.gather(*(service.status(tallies.get(service.number)) for service in services))
         awake = sum(not service.asleep for service in self.services.values())
         return GatewayStatus(
-            __version__, os.getpid(), self.workers.pids, self.loop.time() - self.started,
+            __version__, os.getpid(), self.workers.pids, self.started, self.loop.time() - self.started,
             len(self.services) - awake, awake, list(rows),
         )  # fmt: skip
 

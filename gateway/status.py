@@ -48,6 +48,8 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     version: str
     pid: int
     workers: list[int]
+    started: float
+    """CLOCK_MONOTONIC, seconds: another one after an upgrade"""
     uptime: float
     asleep: int
     awake: int

@@ -28,7 +28,7 @@ def backend(**changes: Any) -> BackendStatus:
 
 
 def printed(*rows: BackendStatus, width: int = 200, colour: bool = False) -> list[str]:
-    status = GatewayStatus("1.2.3", 1, [2], 3700.0, len(rows), 0, list(rows))
+    status = GatewayStatus("1.2.3", 1, [2], 5.0, 3700.0, len(rows), 0, list(rows))
     console = Console(width=width, force_terminal=colour, color_system="standard" if colour else None, no_color=False)
     with console.capture() as capture:
         console.print(table(status))
