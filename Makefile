@@ -11,7 +11,7 @@ PACKAGES := bind9-dnsutils busybox-static curl dnsmasq-base haproxy libnginx-mod
 	openssh-client openssh-server podman \
 	redis-server redis-tools runc socat systemd wrk
 
-.PHONY: help run test lint format bench soak clean setup packages
+.PHONY: help run test lint format bench clean setup packages
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -53,10 +53,6 @@ format: $(READY) ## format the code
 
 bench: $(READY) packages ## measure beside the peers: everything, or ARGS="--short", ARGS="--only relay.new,cold", ARGS=--help
 	@$(BIN)/python -m tests.bench $(ARGS)
-
-DURATION ?= 30m
-soak: $(READY) ## load a gateway with everything at once for DURATION (30m): memory and descriptors must stay flat
-	@$(BIN)/python -m tests.soak --duration $(DURATION)
 
 clean: ## remove what was made here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
