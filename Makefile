@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 PORT ?= 8000
+DURATION ?= 30m
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -11,7 +12,7 @@ PACKAGES := bind9-dnsutils busybox-static curl dnsmasq-base haproxy libnginx-mod
 	openssh-client openssh-server podman \
 	redis-server redis-tools runc socat systemd wrk
 
-.PHONY: help run test lint format bench clean setup packages
+.PHONY: help run test lint format bench soak clean setup packages
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -53,6 +54,9 @@ format: $(READY) ## format the code
 
 bench: $(READY) packages ## measure beside the peers: everything, or ARGS="--short", ARGS="--only relay.new,cold", ARGS=--help
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+soak: $(READY) ## a mixed load with reloads, upgrades and killed workers for DURATION (30m): nothing may fail or grow
+	@$(BIN)/python -m tests.soak --duration $(DURATION) $(ARGS)
 
 clean: ## remove what was made here
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info build dist
