@@ -40,8 +40,8 @@ class UnknownBackend(LookupError):
     """There is no backend of this name."""
 
 
-class Stopping(Exception):
-    """The gateway takes no such order any more."""
+class Refused(Exception):
+    """The gateway does not take this order now; the message says why."""
 
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ async def _errors(
         return _json({"error": f"there is no backend {error.args[0]!r}"}, 404)
     except (ConfigError, ListenError) as error:
         return _json({"error": str(error)}, 422)
-    except Stopping as error:
+    except Refused as error:
         return _json({"error": str(error)}, 409)
     except ValueError as error:
         return _json({"error": str(error)}, 400)

@@ -28,7 +28,7 @@ from backends import environment
 from backends.base import Shared
 from backends.command import CommandFailed, run
 from gateway import __version__, logs, upgrade
-from gateway.admin import Admin, Stopping, UnknownBackend
+from gateway.admin import Admin, Refused, UnknownBackend
 from gateway.config import BackendConfig, Config, ConfigError, Delivery
 from gateway.holds import Holds
 from gateway.listeners import ListenError, Listeners, Listening, key
@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 TRIAL_DEADLINE = 60.0
 """Seconds for the version on the disk to show that it would start."""
 
+
+SETTLE_TIME = 10.0
+"""Seconds beyond `gateway.drain` that an upgrade waits for what is under way."""
 
 SAME_SIGNAL = 0.3
 """Seconds within which another signal is the same one: some signal a process and then its whole group."""
@@ -216,16 +219,28 @@ class Server:
             self.busy(number)
 
     async def upgrade(self, answered: Callable[[], Awaitable[None]]) -> None:
-        """Become the version of the program that is on the disk. Returns only if that cannot be: raises CommandFailed or
-        OSError, and nothing has changed. `answered` is awaited when it is sure to try.
+        """Become the version of the program that is on the disk. Returns only if that cannot be: raises CommandFailed,
+        OSError, ConfigError, ListenError or Refused. `answered` is awaited when it is sure to try.
+
+        The configuration is taken on first, as by a reload: what it adds is bound here, where an error does no harm, and
+        what it changed is drained.
         """
         async with self._reloading:
-            if self._signals:
-                raise Stopping("the gateway is stopping")
+            self._refuse_if_stopping()
             await run(upgrade.arguments(), timeout=TRIAL_DEADLINE, env={upgrade.VARIABLE: upgrade.TRIAL})
-            if self._signals:  # one came meanwhile
-                raise Stopping("the gateway is stopping")
+            config = await asyncio.to_thread(self.read)
+            if config.gateway.admin != self.config.gateway.admin:
+                raise Refused("gateway.admin changed, which takes a restart")
+            if not self.workers.can_be_found:
+                raise Refused(
+                    "the workers could not be found again; gateway.admin is in a folder that cannot be written to"
+                )
+            self._refuse_if_stopping()
+            self._apply(config)
+            await self._settled()
+            self._refuse_if_stopping()
             self.notifier.reloading()
+            self.workers.be_patient(TRIAL_DEADLINE)
             log.info("the version on the disk takes over")
             await asyncio.to_thread(logs.flush)
             await answered()
@@ -240,14 +255,25 @@ class Server:
             finally:
                 self.notifier.ready()
 
+    def _refuse_if_stopping(self) -> None:
+        if self._signals:
+            raise Refused("the gateway is stopping")
+
+    async def _settled(self) -> None:
+        """Wait until nothing is under way that the next control plane could not go on with, but not for ever."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.gateway.drain + SETTLE_TIME):
+                await self.until(
+                    lambda: self._signals > 0 or not (self.drains or any(not s.settled for s in self.numbers.values()))
+                )
+
     async def reload(self) -> str:
         """Read the configuration again and bring about what it says; one line about what was done.
 
-        Raises ConfigError, ListenError or Stopping, and then nothing has changed.
+        Raises ConfigError, ListenError or Refused, and then nothing has changed.
         """
         async with self._reloading:
-            if self._signals:
-                raise Stopping("the gateway is stopping")
+            self._refuse_if_stopping()
             self.notifier.reloading()
             try:
                 config = await asyncio.to_thread(self.read)
@@ -309,6 +335,7 @@ class Server:
             self.numbers.pop(service.number, None)
             self.awake.discard(service.number)
             del self.drains[service]
+            self._tell_news()
 
     # What the workers report
 
@@ -436,11 +463,11 @@ class Server:
     async def _upgrade_and_log(self) -> None:
         try:
             await self.upgrade(_nobody_waits)
-        except (CommandFailed, OSError, Stopping) as error:
+        except (CommandFailed, OSError, ConfigError, ListenError, Refused) as error:
             log.error("not upgraded: %s", error)
 
     async def _reload_and_log(self) -> None:
-        with contextlib.suppress(ConfigError, ListenError, Stopping):
+        with contextlib.suppress(ConfigError, ListenError, Refused):
             await self.reload()
 
 

@@ -255,6 +255,11 @@ class Service:
         return self.activation.asleep if self.activation is not None else not self.instances or not self.instances.count
 
     @property
+    def settled(self) -> bool:
+        """No command is under way for something that lives outside."""
+        return self.state not in (State.STARTING, State.STOPPING) or Capability.ADOPT not in self.backend.capabilities
+
+    @property
     def state(self) -> State:
         if self.activation is not None:
             return self.activation.state

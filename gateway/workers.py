@@ -136,6 +136,15 @@ class Workers:
         for place in range(self.size):
             self._spawn(self._keep(place), f"keeper of worker {place}")
 
+    @property
+    def can_be_found(self) -> bool:
+        """Whether another control plane would find all of them."""
+        return all((self.directory / f"{worker.pid}.sock").exists() for worker in self._places)
+
+    def be_patient(self, seconds: float) -> None:
+        """Go on for at least so long without this control plane, which is about to be replaced."""
+        self._send(say.Patience(seconds))
+
     def settle(self) -> None:
         """Everything that is served has been told: hear the workers that were taken over, and let go of what is not
         served any more."""

@@ -40,6 +40,7 @@ EXAMPLES: list[Message] = [
     say.Serving(1, "blog", "abc", {"": "tcp://127.0.0.1:80"}),
     say.Serving(2, "wiki", "def", None),
     say.Held(7, 1, "http", "tcp://*:80"),
+    say.Patience(60.0),
     say.Told(retiring=False),
     say.Retired(),
     say.Trouble("no descriptors are left\nat all"),

@@ -311,3 +311,63 @@ def test_many_live_transfers_survive_upgrade_reload_and_crash(tmp_path: Path, ou
                 thread.join(PATIENCE)
         assert lost == []
         eventually(lambda: running.status("outside")["connections"] == 0)
+
+
+@pytest.mark.slow
+def test_an_upgrade_that_cannot_bind_what_is_new_changes_nothing(tmp_path: Path) -> None:
+    web = backend(tmp_path, idle="1h")
+    with socket.create_server(("127.0.0.1", 0)) as taken, lasting(tmp_path, {"web": web}) as running:
+        with connect(web["listen"]) as sock:
+            greeting(sock)
+            worker = running.worker
+            clash = {**backend(tmp_path), "listen": f"tcp://127.0.0.1:{taken.getsockname()[1]}"}
+            running.write({"gateway": LASTING, "backends": {"web": web, "clash": clash}})
+            arguments = [sys.executable, "-m", "gateway.cli", "upgrade", "--socket", running.admin]
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 1 and "in use" in done.stderr
+            ping(sock)
+            assert running.worker == worker
+
+
+@pytest.mark.slow
+def test_an_upgrade_lets_what_changed_finish_first(tmp_path: Path) -> None:
+    """Its connections get the time that a reload gives them; nobody is answered by the old one afterwards."""
+    web = backend(tmp_path, idle="1h")
+    with lasting(tmp_path, {"web": web}) as running:
+        with connect(web["listen"]) as sock:
+            pid = greeting(sock)
+            running.write({"gateway": LASTING, "backends": {"web": {**web, "env": {"A": "b"}}}})
+            running.signal(signal.SIGUSR2)
+            running.wait_for_line("reloaded")
+            ping(sock)
+        running.wait_for_line("listening; pid", 2)
+        with connect(web["listen"]) as sock:
+            assert greeting(sock) != pid
+
+
+@pytest.mark.slow
+def test_an_upgrade_with_workers_that_would_not_wait_at_all(tmp_path: Path) -> None:
+    web = backend(tmp_path, idle="1h")
+    with lasting(tmp_path, {"web": web}, orphan_time="0s") as running, connect(web["listen"]) as sock:
+        greeting(sock)
+        upgrade(running)
+        ping(sock)
+
+
+@pytest.mark.slow
+def test_an_upgrade_leaves_handed_over_sockets_as_the_backend_wants_them(tmp_path: Path) -> None:
+    """A backend that waits in accept(2) must not be told that there is nobody."""
+    listen = f"tcp://127.0.0.1:{free_port()}"
+    script = (
+        "import socket\ns = socket.socket(fileno=3)\nwhile True:\n"
+        "    c, _ = s.accept()\n    c.sendall(b'hello 1\\n')\n    c.close()"
+    )
+    web = {"command": [sys.executable, "-c", script], "delivery": "pass", "listen": listen, "idle": "1h"}
+    with lasting(tmp_path, {"web": web}) as running:
+        for _ in range(2):
+            with connect(listen) as sock:
+                greeting(sock)
+            upgrade(running)
+        with connect(listen) as sock:
+            greeting(sock)
+        assert running.status("web")["wakes"] == 1

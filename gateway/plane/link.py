@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
 """Changes with every change of a message. A worker that speaks another version is told to retire and nothing else."""
 
 LARGEST = 128 << 10  # bytes in a datagram; the default send buffer of Linux takes 208 KiB
@@ -128,6 +128,12 @@ class Retire(Message, frozen=True):
 
     drain: float
     sockets: bool
+
+
+class Patience(Message, frozen=True):
+    """This control plane is about to be replaced: go on for at least so many seconds without one."""
+
+    seconds: float
 
 
 class Quit(Message, frozen=True):
@@ -255,7 +261,7 @@ class Trouble(Message, frozen=True):
 
 
 AnyMessage = (
-    Serve | Listen | Unlisten | Open | Close | Reject | Cut | Forget | Count | Tell | Retire | Quit
+    Serve | Listen | Unlisten | Open | Close | Reject | Cut | Forget | Count | Tell | Retire | Patience | Quit
     | Hello | Wake | Busy | Quiet | Closed | Refused | Counted | Limited | Trouble | Serving | Held | Told | Retired
 )  # fmt: skip
 

@@ -55,6 +55,8 @@ class Worker:
         self.link: Link | None = None
         self.orphan_time = orphan_time
         self.patience: Timer | None = None
+        self.granted = 0.0
+        """at least so many seconds"""
         self.retiring = False
         self.gates: dict[int, Gate] = {}
         self.listeners: dict[int, Listener | DatagramListener] = {}
@@ -233,6 +235,9 @@ class Worker:
         self.count(say.Count(0), [])
         self.loop.stop()
 
+    def be_patient(self, order: say.Patience, fds: list[int]) -> None:
+        self.granted = order.seconds
+
     def quit(self, order: say.Quit, fds: list[int]) -> None:
         self.loop.stop()
 
@@ -248,6 +253,7 @@ class Worker:
         say.Count: count,
         say.Tell: tell_all,
         say.Retire: retire,
+        say.Patience: be_patient,
         say.Quit: quit,
     }
 
@@ -270,6 +276,7 @@ class Worker:
         """There is a control plane."""
         if self.patience is not None:
             self.patience.cancel()
+        self.granted = 0.0
         self.link = Link(sock)
         self.loop.add(self.link.fileno(), self, select.EPOLLIN)
         self.tell(say.Hello(say.VERSION, os.getpid()))
@@ -292,7 +299,7 @@ class Worker:
         if self.rendezvous is None:
             self.loop.stop()
         elif not self.retiring:
-            self.patience = self.loop.later(self.orphan_time, self.loop.stop)
+            self.patience = self.loop.later(max(self.orphan_time, self.granted), self.loop.stop)
 
     def tell(self, message: say.Message) -> None:
         """Say something to the control plane; it is sent when the socket takes it, this never waits.
