@@ -224,6 +224,8 @@ class Instances:
         """Instances that another control plane began: their environment and their end."""
         for environment, ended in instances:
             self._run(partial(_passed_on, ended), _source(environment))
+        if len(self._running) >= self.config.limits.connections:
+            self._hold_up()
 
     def _run(self, instance: Callable[[], Awaitable[Exit]], source: str) -> asyncio.Task[None]:
         task = self._loop.create_task(self._until_ended(instance, source), name=f"{self.config.name} instance")

@@ -109,10 +109,14 @@ class Listeners:
         return listening
 
     def forget_found(self) -> None:
-        """Close what was found and is not listened on any more."""
+        """Close what was found and is not listened on any more, and remove its files."""
         for sockets in self._found.values():
+            address = _address(sockets[0])
             for sock in sockets:
                 sock.close()
+            if isinstance(address, Local) and not address.abstract:
+                with contextlib.suppress(OSError):
+                    os.unlink(address.path)
         self._found.clear()
 
     def take_on(self, listening: Listening, listener: Listener) -> None:

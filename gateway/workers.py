@@ -65,6 +65,8 @@ class Adopted:
     gates: dict[int, say.Serving] = field(default_factory=dict)
     """by number; what differs between them counts as closed"""
     ears: dict[int, tuple[say.Held, socket.socket]] = field(default_factory=dict)
+    holders: dict[int, list[Worker]] = field(default_factory=dict)
+    """number of a listener -> who accepts there"""
     meanings: dict[tuple[str, str], int] = field(default_factory=dict)
     """name and digest -> number of the backend"""
     numbers: dict[tuple[int, socket.socket], int] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Adopted:
             if known.endpoints != gate.endpoints:
                 self.gates[gate.backend] = say.Serving(gate.backend, gate.name, gate.digest, None)
         for held, sock in found.held:
+            self.holders.setdefault(held.listener, []).append(found.worker)
             if held.listener in self.ears:
                 sock.close()
             else:
@@ -108,6 +111,7 @@ class Workers:
         """those that finish what they have"""
         self._past: dict[int, Tally] = {}
         """what workers that ended had counted"""
+        self._replace = False
         self._found: set[Worker] = set()
         """those that were taken over and are not heard yet"""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -116,7 +120,11 @@ class Workers:
     # The processes
 
     async def find(self, replace: bool) -> None:
-        """Take over the workers of a former control plane; with `replace`, they only finish what they have."""
+        """Take over the workers of a former control plane; with `replace`, they only finish what they have.
+
+        Without it, their listening sockets (`adopted.ears`) are the caller's, who has no others.
+        """
+        self._replace = replace
         for found in await adoption.find(self.directory, float(self.options.drain), self._hear):
             self.adopted.add(found)
             if found.worker.retiring or replace or len(self._places) >= self.size:
@@ -157,11 +165,14 @@ class Workers:
                 worker.send(say.Retire(float(self.options.drain), sockets=False))
                 worker.retiring = True
             self._spawn(self._see_off(worker), f"end of worker {worker.number}")
-        used = {ear.socket for ear in self._ears.values()}
-        for listener, (_, sock) in self.adopted.ears.items():
-            if listener not in self._ears:
-                self._send(say.Unlisten(listener, accept_waiting=False))
-            if sock not in used:
+        for listener, holders in self.adopted.holders.items():
+            ear = self._ears.get(listener)
+            for worker in holders:
+                # Its place may be another one than in the former control plane.
+                if ear is None or (ear.worker is not None and self._places[ear.worker] is not worker):
+                    worker.send(say.Unlisten(listener, accept_waiting=False))
+        if self._replace:
+            for _, sock in self.adopted.ears.values():
                 sock.close()
         for number in self.adopted.gates:
             if number not in self.served:
@@ -204,6 +215,7 @@ class Workers:
             code = await worker.process.wait()
             log.error("worker %d ended (%s): its connections are lost, another takes its place", place, code)
             self._count_in(worker)
+            await asyncio.to_thread(self._forget_file, worker)
             await asyncio.sleep(replaced + RESPAWN_GAP - clock())
             replaced = clock()
             successor = await self._succeed(place)
@@ -224,9 +236,14 @@ class Workers:
         await worker.gone.wait()
         await worker.end(self.options.drain)
         self._leaving.remove(worker)
+        await asyncio.to_thread(self._forget_file, worker)
         self._count_in(worker)
         self._forget_busy(worker)
         log.info("worker with pid %d has finished", worker.pid)
+
+    def _forget_file(self, worker: Worker) -> None:
+        """One that was killed left it behind."""
+        (self.directory / f"{worker.pid}.sock").unlink(missing_ok=True)
 
     def _forget_busy(self, worker: Worker) -> None:
         """It is gone, and its connections with it."""

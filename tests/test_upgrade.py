@@ -371,3 +371,41 @@ def test_an_upgrade_leaves_handed_over_sockets_as_the_backend_wants_them(tmp_pat
         with connect(listen) as sock:
             greeting(sock)
         assert running.status("web")["wakes"] == 1
+
+
+@pytest.mark.slow
+def test_after_a_crash_each_socket_is_in_one_worker(tmp_path: Path, outside: dict[str, Any]) -> None:
+    """Places of workers are given out anew; a small limit stays exact."""
+    limited = {**outside, "limits": {"connections": 2}}
+    with lasting(tmp_path, {"outside": limited}, workers=2) as running:
+        for number in range(2):
+            os.kill(running.ask("GET", "/v1/status")["workers"][number], signal.SIGKILL)
+            running.wait_for_line("another takes its place", number + 1)
+            with connect(outside["listen"]) as sock:
+                greeting(sock)
+            eventually(lambda: len(pids(running)) == 2)
+        crash(running)
+        restart(running)
+        with contextlib.ExitStack() as stack:
+            eventually(lambda: running.status("outside")["connections"] == 0)
+            for _ in range(2):
+                greeting(stack.enter_context(connect(outside["listen"])))
+            for _ in range(4):
+                with connect(outside["listen"]) as sock, contextlib.suppress(ConnectionResetError):
+                    assert sock.recv(1) == b""
+
+
+@pytest.mark.slow
+def test_a_listener_may_change_its_delivery_between_crash_and_restart(tmp_path: Path) -> None:
+    web = backend(tmp_path)
+    gone = {**backend(tmp_path), "listen": f"unix:{tmp_path}/gone.sock"}
+    with lasting(tmp_path, {"web": web, "gone": gone}) as running:
+        running.status("web")
+        crash(running)
+        each = {"command": command("--stdio"), "delivery": "accept", "listen": web["listen"]}
+        running.write({"gateway": LASTING, "backends": {"web": each}})
+        restart(running)
+        for _ in range(3):
+            with connect(web["listen"]) as sock:
+                greeting(sock)
+        assert not (tmp_path / "gone.sock").exists()
