@@ -11,6 +11,8 @@ import contextlib
 import logging
 import os
 import secrets
+import select
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,11 +99,26 @@ async def _meet(path: Path, number: int, drain: float, hear: Callable[[Worker, A
                 serving, held, retiring = await _hear_out(link, foreign, undo)
                 worker = Worker(number, Offspring(hello.pid), link, hear)
         except (OSError, LinkClosed, TimeoutError) as error:
-            log.error("the worker at %s cannot be taken over: %s", path, error or "no answer")
+            log.error("the worker at %s cannot be taken over and is ended: %s", path, str(error) or "no answer")
+            await asyncio.to_thread(_end, path)
             return None
         undo.pop_all()
     worker.foreign, worker.retiring = foreign, retiring
     return Found(worker, serving, held)
+
+
+def _end(path: Path) -> None:
+    """Kill a worker that is stuck: it would keep the listening sockets from those who could serve them."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(path.stem)
+        pidfd = os.pidfd_open(pid)
+        try:
+            if b"gateway.plane" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                select.select([pidfd], [], [], ANSWER_DEADLINE)
+        finally:
+            os.close(pidfd)
+    path.unlink(missing_ok=True)
 
 
 async def _greet(path: Path) -> tuple[Link, say.Hello] | None:

@@ -409,3 +409,17 @@ def test_a_listener_may_change_its_delivery_between_crash_and_restart(tmp_path: 
             with connect(web["listen"]) as sock:
                 greeting(sock)
         assert not (tmp_path / "gone.sock").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stuck_does_not_keep_the_next_control_plane_out(tmp_path: Path) -> None:
+    web = backend(tmp_path)
+    with lasting(tmp_path, {"web": web}) as running:
+        stuck = running.worker
+        os.kill(stuck, signal.SIGSTOP)
+        crash(running)
+        restart(running)
+        running.wait_for_line("cannot be taken over")
+        assert running.worker != stuck
+        with connect(web["listen"]) as sock:
+            greeting(sock)
