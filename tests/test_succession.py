@@ -22,14 +22,6 @@ from tests.test_upgrade import LASTING, crash, lasting, outside, pids, ping, res
 __all__ = ["outside"]
 
 
-def state(pid: int) -> str:
-    """Its letter in proc_pid_stat(5); empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
 def nursery(running: Gateway) -> int:
     """The process that starts the processes."""
     (pid,) = (pid for pid in children(running.pid) if b"nursery.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
@@ -188,7 +180,7 @@ def test_what_nobody_takes_over_leaves_no_zombie(tmp_path: Path, outside: dict[s
         left = nursery(running)
         running.write({"gateway": LASTING, "backends": {"outside": outside}})
         upgrade(running)
-        eventually(lambda: not state(left), "the nursery is gone")
+        eventually(lambda: not Path(f"/proc/{left}").exists(), "the nursery is gone")
         assert running.ask("GET", "/v1/status")["backends"][0]["name"] == "outside"
 
 
