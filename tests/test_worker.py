@@ -435,7 +435,7 @@ def test_a_dial_of_an_earlier_opening_closes_no_gate(worker: Plane, tmp_path: Pa
 def test_ports_that_run_out_do_not_close_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every port of ours to that address is taken: that passes, and the backend has nothing to do with it."""
     codes = [errno.EADDRNOTAVAIL, errno.EADDRNOTAVAIL, errno.ENOENT]
-    monkeypatch.setattr("gateway.plane.dial.attempt", lambda where: (None, codes.pop(0)))
+    monkeypatch.setattr("gateway.plane.dial.attempt", lambda where, said: (None, codes.pop(0), 0))
     outcomes: list[Failure] = []
 
     def outcome(client: Client, sock: object, failure: Failure) -> None:
