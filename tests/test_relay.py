@@ -693,7 +693,7 @@ def test_an_idle_pair_is_small() -> None:
             for sock in inside:
                 sock.setblocking(False)
             client[0].sendall(b"123")
-            join(loop, inside[0], inside[1], owner)
+            join(loop, inside[0], inside[1], owner, hear(inside[0]) or b"")
             assert upstream[0].recv(3) == b"123"
         size, _ = tracemalloc.get_traced_memory()
     finally:
