@@ -22,7 +22,7 @@ import pytest
 
 from backends.endpoint import Tcp, bind, of_socket
 from gateway.plane.loop import Loop
-from gateway.plane.relay import BULK, SIZE, End, Pipes, cut, join
+from gateway.plane.relay import BULK, SIZE, End, Pipes, cut, hear, join
 from tests.relaying import DEADLINE, Relayed, relayed, stream
 from tests.running import eventually
 
@@ -588,18 +588,42 @@ def test_the_owner_hears_once_and_gets_the_counts(pair: Pair) -> None:
 
 def test_what_the_client_said_before_leaves_at_once(pair: Pair) -> None:
     pair.client.sendall(b"hello")
-    join(pair.loop, pair.near, pair.far, pair.owner)
+    said = hear(pair.near)
+    assert said == b"hello"
+    end = join(pair.loop, pair.near, pair.far, pair.owner, said)
     assert pair.served.recv(10, socket.MSG_DONTWAIT) == b"hello"
+    assert end.moved == 5
+
+
+def test_what_the_backend_has_already_is_not_sent_again(pair: Pair) -> None:
+    end = join(pair.loop, pair.near, pair.far, pair.owner, b"hello", 3)
+    assert pair.served.recv(10, socket.MSG_DONTWAIT) == b"lo"
+    assert end.moved == 5
+
+
+def test_a_client_that_says_nothing_at_once_is_heard_as_such(pair: Pair) -> None:
+    assert hear(pair.near) == b""
+    pair.client.shutdown(socket.SHUT_WR)
+    assert hear(pair.near) == b""
+    join(pair.loop, pair.near, pair.far, pair.owner)
+    pair.turn()
+    assert pair.served.recv(10) == b""
 
 
 def test_a_client_that_is_gone_before_the_relay_begins() -> None:
     with Pair(socket.AF_INET) as pair:
         reset(pair.client)
         end = join(pair.loop, pair.near, pair.far, pair.owner)
-        assert end.over and pair.owner.ends == [(end, 0, 0)] and not pair.loop.table
         pair.turn()
+        assert end.over and pair.owner.ends == [(end, 0, 0)] and not pair.loop.table
         with pytest.raises(ConnectionResetError):
             pair.served.recv(1)
+
+
+def test_a_client_that_is_gone_is_not_heard() -> None:
+    with Pair(socket.AF_INET) as pair:
+        reset(pair.client)
+        assert hear(pair.near) is None
 
 
 @pytest.mark.parametrize("of", ["client", "upstream"])
@@ -669,7 +693,7 @@ def test_an_idle_pair_is_small() -> None:
             for sock in inside:
                 sock.setblocking(False)
             client[0].sendall(b"123")
-            join(loop, inside[0], inside[1], owner)
+            join(loop, inside[0], inside[1], owner, hear(inside[0]) or b"")
             assert upstream[0].recv(3) == b"123"
         size, _ = tracemalloc.get_traced_memory()
     finally:

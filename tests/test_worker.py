@@ -311,6 +311,33 @@ def test_refused_client_is_parked_again_not_failed(worker: Plane) -> None:
                 assert server.recv(10) == b"hello"
 
 
+def test_what_a_refused_client_has_said_arrives_once(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        endpoint = upstream.endpoint
+    with connect(address) as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        worker.hear(say.Wake)
+        worker.open(1, endpoint)  # nobody listens there: what was said is read already
+        worker.hear(say.Refused)
+        with Upstream(str(endpoint)) as again:
+            worker.open(1, again.endpoint)
+            with again.accept() as server:
+                assert receive_all(server) == b"hello"
+        assert receive_all(client) == b""
+    assert eventually(lambda: (tally := worker.count()[1]).connections == 0 and tally).received == 5  # type: ignore[union-attr]
+
+
+def test_a_backend_that_speaks_first_sees_its_client_at_once(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as client, upstream.accept() as server:
+            server.sendall(b"220 welcome")
+            assert client.recv(100) == b"220 welcome"
+
+
 def test_refused_again_and_again_is_given_up(worker: Plane) -> None:
     address = worker.serve()
     with Upstream() as upstream:
@@ -485,7 +512,7 @@ def test_a_dial_of_an_earlier_opening_closes_no_gate(worker: Plane, tmp_path: Pa
 def test_ports_that_run_out_do_not_close_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every port of ours to that address is taken: that passes, and the backend has nothing to do with it."""
     codes = [errno.EADDRNOTAVAIL, errno.EADDRNOTAVAIL, errno.ENOENT]
-    monkeypatch.setattr("gateway.plane.dial.attempt", lambda where: (None, codes.pop(0)))
+    monkeypatch.setattr("gateway.plane.dial.attempt", lambda where, said: (None, codes.pop(0), 0))
     outcomes: list[Failure] = []
 
     def outcome(client: Client, sock: object, failure: Failure) -> None:

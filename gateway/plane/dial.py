@@ -1,7 +1,7 @@
 """Connects a client to a backend: a non-blocking connect with a deadline, and retries where the kernel wakes nobody.
 
-Counterpart: `gateway.plane.worker` asks for it and gets the connected socket or the reason why not. Nothing is read from the
-client before the connection stands, so a refused client can be parked again as if nothing had been.
+Counterpart: `gateway.plane.worker` asks for it and gets the connected socket or the reason why not. What the client has said
+so far stays with it, so one whose dial failed can be parked again as if nothing had been.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ GONE = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
 
 FIRST_RETRY = 0.002  # seconds
 LONGEST_RETRY = 0.05
+ESTABLISHED = (1, 8)  # TCP_ESTABLISHED and TCP_CLOSE_WAIT of <linux/tcp.h>; 8: the backend has closed already
+EINPROGRESS = errno.EINPROGRESS
+TCP, NODELAY, QUICKACK = socket.IPPROTO_TCP, socket.TCP_NODELAY, socket.TCP_QUICKACK
 STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
@@ -88,35 +91,65 @@ def own_ports() -> range:
 
 def dial(loop: Loop, client: Client, where: Target, outcome: Outcome) -> None:
     """Connect; on the same machine the outcome usually comes before this returns."""
-    sock, code = attempt(where)
+    sock, code, client.taken = attempt(where, client.said)
     if code == 0 and where.mux_port is None:
         outcome(client, sock, None)
     else:
         Dial(loop, client, where, outcome).attempted(sock, code)
 
 
-def attempt(where: Target) -> tuple[Socket | None, int]:
-    """One connect(2): a socket and 0 (it stands) or EINPROGRESS, or no socket and the errno."""
+def attempt(where: Target, said: bytes) -> tuple[Socket | None, int, int]:
+    """One connect(2): a socket and 0 (it stands) or EINPROGRESS, or no socket and the errno; and how much of what the client
+    `said` is sent already.
+
+    The last packet of the handshake waits for what was said, and the backend is woken once, by a client and its request. If
+    nothing was, the kernel would hold that packet back for 40 ms, and a backend that speaks first would see its client late.
+    """
     try:
         sock = Socket(where.family, STREAM)
     except OSError as error:
-        return None, error.errno or errno.ENOBUFS
+        return None, error.errno or errno.ENOBUFS, 0
     if where.tcp:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    code = sock.connect_ex(where.address)
-    if code == errno.EINPROGRESS and connected(sock):
+        sock.setsockopt(TCP, NODELAY, 1)
+        if said:
+            sock.setsockopt(TCP, QUICKACK, 0)
+    code, sent = sock.connect_ex(where.address), 0
+    if said and where.mux_port is None and (code == 0 or (code == EINPROGRESS and where.tcp)):
+        code, sent = send(sock, said, code)
+    elif code == EINPROGRESS and (established(sock) if where.tcp else connected(sock)):
         code = 0
     if code == 0 and where.may_meet_itself and sock.getsockname() == sock.getpeername():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)  # TIME_WAIT would keep the backend off its port
         code = errno.ECONNREFUSED
-    if code not in (0, errno.EINPROGRESS):
+    if code and code != EINPROGRESS:
         sock.close()
-        return None, code
-    return sock, code
+        return None, code, 0
+    return sock, code, sent
+
+
+def send(sock: Socket, said: bytes, code: int) -> tuple[int, int]:
+    """Send the first bytes: 0 and how many went, if the connection stands; else what connect(2) said, or what is wrong."""
+    try:
+        return 0, sock.send(said)
+    except (
+        BlockingIOError,
+        BrokenPipeError,
+    ):  # EPIPE: the backend has had its last word already, which the relay hears
+        return code, 0
+    except OSError as error:
+        return error.errno or errno.ENOTCONN, 0
+
+
+def established(sock: Socket) -> bool:
+    """On loopback the handshake is over when connect(2) says EINPROGRESS: a look saves a turn of the loop.
+
+    The first byte of TCP_INFO is the state. `connected` would tell as well, but writes out an address that nobody reads.
+    """
+    return sock.getsockopt(TCP, socket.TCP_INFO) & 0xFF in ESTABLISHED
 
 
 def connected(sock: Socket) -> bool:
-    """On loopback the handshake is over when connect(2) returns EINPROGRESS: one cheap look saves a turn of the loop."""
+    """The same, of any family."""
     try:
         sock.getpeername()
     except OSError:
@@ -225,7 +258,8 @@ class Dial:
             self._finish(None, TOO_SLOW)
         else:
             self.asked = False
-            self.attempted(*attempt(self.where))
+            sock, code, self.client.taken = attempt(self.where, self.client.said)
+            self.attempted(sock, code)
 
     def _finish(self, sock: Socket | None, failure: Failure | None) -> None:
         outcome, self.outcome = self.outcome, None

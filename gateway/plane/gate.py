@@ -72,7 +72,7 @@ def inet_name(peer: Any) -> str:
 class Client:
     """An accepted connection that is not relayed yet. Parked, it waits for nothing but being hung up."""
 
-    __slots__ = ("dialled_under", "fd", "gate", "listener", "peer", "sock", "tries")
+    __slots__ = ("dialled_under", "fd", "gate", "listener", "peer", "said", "sock", "taken", "tries")
 
     def __init__(self, gate: Gate, listener: str, sock: Socket, peer: Any) -> None:
         self.gate = gate
@@ -82,6 +82,10 @@ class Client:
         self.peer = peer
         self.dialled_under: dict[str, Any] | None = None
         """the gate's endpoints at the last try"""
+        self.said = b""
+        """what was read of it before it was dialled in"""
+        self.taken = 0
+        """bytes of that which the backend has"""
         self.tries = 0
 
     def event(self, mask: int) -> None:

@@ -117,6 +117,11 @@ class Loop:
         self.remove(sock.fileno())
         self._discarded.append(sock)
 
+    def drop(self, sock: SocketType, fd: int) -> None:
+        """`discard` for a socket of which there is no copy anywhere: closing it takes it out of the epoll as well."""
+        self.table.pop(fd, None)
+        self._discarded.append(sock)
+
     # Times and turns
 
     def later(self, delay: float, callback: Callback) -> Timer:

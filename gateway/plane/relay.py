@@ -43,6 +43,12 @@ READ = select.EPOLLIN | select.EPOLLPRI | select.EPOLLRDHUP | select.EPOLLET
 """PRI: a read stops at the mark of urgent data, tcp(7). So no short read is taken for the last one then."""
 
 READ_WRITE = READ | select.EPOLLOUT
+IN = select.EPOLLIN
+OUT = select.EPOLLOUT
+LAST = select.EPOLLIN | select.EPOLLRDHUP
+"""Bytes are there, and the end of file behind them."""
+
+MORE = int(socket.MSG_MORE)  # a plain number: the enum costs a call each time
 GONE = select.EPOLLHUP | select.EPOLLERR
 SPLICE = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 SPLICE_MOST = 1 << 20  # more than a pipe holds: the pipe is the limit
@@ -148,7 +154,7 @@ class End:
 
     def event(self, mask: int) -> None:
         """epoll reported this socket."""
-        if mask == select.EPOLLIN and self._hot:
+        if mask == IN and self._hot:
             # A request or an answer on a warm connection. A short read on TCP means that the socket is drained; an end
             # of file that is not in this mask is a new edge. A Unix socket also stops a read at passed descriptors.
             # These are `_copy` and `_hand_over` written out: two calls less, a tenth of the time spent in Python.
@@ -173,7 +179,10 @@ class End:
             elif self._hand_over(size) >= 0:
                 self._pump()
             return
-        if mask & select.EPOLLOUT:
+        if mask == LAST and self._hot:
+            self._last_words()
+            return
+        if mask & OUT:
             peer = self.peer
             if peer._blocked:
                 peer._pump()
@@ -182,7 +191,7 @@ class End:
                 self._watch(False)
             if self.over:
                 return
-        if mask & ~select.EPOLLOUT:
+        if mask & ~OUT:
             if mask & select.EPOLLPRI:
                 self._spliceable = False  # at the mark it says EAGAIN, or the end, and more is there
             if not self._eof:
@@ -207,7 +216,7 @@ class End:
     def _pump(self) -> None:
         """Move bytes until this socket is drained (EAGAIN), the peer is full, or the budget is spent."""
         start = self.moved
-        while self._flush():
+        while (self._pending is None and not self._piped) or self._flush():
             if self._eof:
                 self._pass_eof()
                 return
@@ -223,13 +232,25 @@ class End:
             elif self._copy() < 0:
                 return
 
+    def _last_words(self) -> None:
+        """Bytes with the end of file behind them: a short read takes them all, so no further one has to ask for the end.
+
+        They leave in one packet with the FIN. Would the end not be passed on, the kernel sends them after 200 ms, tcp(7).
+        """
+        size = self._copy(MORE)
+        if size == SIZE:
+            self._pump()
+        elif size >= 0:
+            self._eof = True
+            self._pass_eof()
+
     def _resume(self) -> None:
         """Its turn again: edge-triggered, what was left is not reported a second time."""
         self._queued = False
         if not self.over and not self._blocked and not (self._eof and self.peer._shut):
             self._pump()
 
-    def _copy(self) -> int:
+    def _copy(self, flags: int = 0) -> int:
         """One read, one write: the bytes read, 0 at the end of file, or -1 when an event has to come first."""
         try:
             size = self._receive(_buffer)
@@ -239,9 +260,9 @@ class End:
         except OSError:
             cut(self, reset=True)
             return -1
-        return self._hand_over(size)
+        return self._hand_over(size, flags)
 
-    def _hand_over(self, size: int) -> int:
+    def _hand_over(self, size: int, flags: int = 0) -> int:
         """Write what was read into the shared buffer; answers like `_copy`."""
         if not size:
             self._eof = True
@@ -249,7 +270,7 @@ class End:
             return 0
         self._full = self._full + 1 if size == SIZE else 0
         try:
-            sent = self._send(_view[:size])
+            sent = self._send(_view[:size], flags)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -378,21 +399,36 @@ class End:
             peer._pump()
 
 
-def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner) -> End:
+def hear(sock: SocketType) -> bytes | None:
+    """What a client said before its connection to the backend is made; nothing at once, perhaps. None: it has hung up.
+
+    The first request is often there already. It then leaves with the packet that ends the handshake (`spoken` of dial).
+    """
+    try:
+        return bytes(_view[: sock.recv_into(_buffer)])
+    except BlockingIOError:
+        return b""
+    except OSError:
+        return None
+
+
+def join(loop: Loop, client: SocketType, upstream: SocketType, owner: Owner, said: bytes = b"", taken: int = 0) -> End:
     """Relay between two connected, non-blocking stream sockets, which are the relay's from now on; the client's End.
 
-    The pair may be over when this returns; `owner.ended` has been called then.
+    `said`: what was read from the client before; `taken`: bytes of that which upstream has already. The pair may be over
+    when this returns; `owner.ended` has been called then.
     """
     end = End(loop, client, upstream, owner, True)
     peer = End(loop, upstream, client, owner, False)
     end.peer = peer
     peer.peer = end
-    # The first request is often there already: so it leaves without waiting for an event. Whatever else is pending is
-    # reported when the sockets are added.
-    if end._copy() == 0:
-        end._pump()
-    if end.over:
-        return end
+    end.moved = taken
+    if taken < len(said):
+        end._pending = memoryview(said)[taken:]
+        end._flush()
+        if end.over:
+            return end
+    # Whatever else is pending is reported when the sockets are added.
     try:
         loop.add(end.fd, end, READ_WRITE if end._armed else READ)
         loop.add(peer.fd, peer, READ_WRITE if peer._armed else READ)
@@ -416,7 +452,7 @@ def cut(end: End, reset: bool = False) -> None:
             # No effect on other families, which cannot say it. EINVAL: the connection is gone already.
             with contextlib.suppress(OSError):
                 side.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        loop.discard(side.sock)
+        loop.drop(side.sock, side.fd)
     try:
         end.owner.ended(end if end.client else peer)
     finally:

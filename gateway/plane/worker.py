@@ -33,7 +33,7 @@ from gateway.plane.gate import Client, Gate, Settling, live_by_gate
 from gateway.plane.link import Link, LinkClosed
 from gateway.plane.listener import Listener, Room
 from gateway.plane.loop import Loop, Timer
-from gateway.plane.relay import join
+from gateway.plane.relay import hear, join
 from gateway.plane.rendezvous import Rendezvous
 
 MOST_DIALS = 64
@@ -63,6 +63,8 @@ class Worker:
         self.settling = Settling(self.loop, self.settled)
         self.room = Room(self.loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.letting_in = False
+        self.fresh: list[Client] = []
+        """accepted in this turn of the loop"""
         self.troubles: dict[str, float] = {}
         """what was said a moment ago, and when"""
         self.rendezvous = Rendezvous(self.loop, rendezvous, path, self.met) if rendezvous >= 0 else None
@@ -76,20 +78,45 @@ class Worker:
         gate = client.gate
         if gate.endpoints is None or gate.parked or len(gate.dials) >= MOST_DIALS:
             gate.park(client)
-        else:
-            self.connect(client)
+        elif self.enter(client):
+            if not self.fresh:
+                self.loop.soon(self.connect_fresh)
+            self.fresh.append(client)
 
-    def connect(self, client: Client) -> None:
-        """The gate is open: dial the backend."""
+    def connect_fresh(self) -> None:
+        """Connect the clients that were accepted before this turn of the loop: by now many have said what they want."""
+        fresh, self.fresh = self.fresh, []
+        for client in fresh:
+            if client.gate.endpoints is None:  # it was closed meanwhile
+                client.gate.leave()
+                client.gate.park(client)
+            else:
+                self.connect(client)
+
+    def enter(self, client: Client) -> bool:
+        """Count a client in, or turn it away."""
         gate = client.gate
         if gate.connections >= gate.limits.connections:
             gate.turn_away(client, "limits.connections")
-            return
+            return False
+        gate.enter()
+        return True
+
+    def connect(self, client: Client) -> None:
+        """The gate is open: dial the backend. The client is counted already."""
+        gate = client.gate
         where = gate.leads_to(client.listener)
         if where is None or not where.stream:
+            gate.leave()
             gate.turn_away(client, f"endpoints: none for listener {client.listener!r}")
             return
-        gate.enter()
+        if not client.said:
+            said = hear(client.sock)
+            if said is None:
+                gate.leave()
+                self.loop.discard(client.sock)
+                return
+            client.said = said
         client.tries += 1
         client.dialled_under = gate.endpoints
         dial(self.loop, client, where, self.dialled)
@@ -98,7 +125,7 @@ class Worker:
         """The backend took the connection, or did not."""
         gate = client.gate
         if upstream is not None:
-            join(self.loop, client.sock, upstream, gate)
+            join(self.loop, client.sock, upstream, gate, client.said, client.taken)
         elif failure is not None:
             gate.leave()
             self.not_taken(client, failure)
@@ -127,7 +154,9 @@ class Worker:
         self.letting_in = True
         try:
             while gate.parked and gate.endpoints is not None and len(gate.dials) < MOST_DIALS:
-                self.connect(gate.unpark())
+                client = gate.unpark()
+                if self.enter(client):
+                    self.connect(client)
         finally:
             self.letting_in = False
 
