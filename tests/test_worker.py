@@ -161,13 +161,14 @@ def test_who_waits_for_a_turn_when_the_gate_closes_wakes_the_backend(worker: Pla
     with contextlib.ExitStack() as stack, Upstream(f"unix:{tmp_path}/up", backlog=0) as full:
         stack.enter_context(connect(full.endpoint))
         worker.open(1, full.endpoint)
-        for _ in range(MOST_DIALS + 1):
+        tally = worker.count().get(1)
+        while tally is None or not tally.parked:
             stack.enter_context(connect(address))
-        eventually(lambda: worker.count()[1].parked == 1)
+            tally = worker.count().get(1)
         assert worker.said_nothing_of(say.Wake)
         worker.send(say.Close(1, 5))
         assert worker.hear(say.Wake).backend == 1
-        assert worker.hear(say.Closed).connections == MOST_DIALS
+        assert worker.hear(say.Closed).connections >= MOST_DIALS
         worker.send(say.Cut(1))
 
 
