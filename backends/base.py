@@ -129,6 +129,9 @@ class Estate(Protocol):
     def claim(self, fd: int) -> int:
         """It belongs to the caller from now on. What nobody claims is closed. Raises KeyError: it was not kept."""
 
+    def claim_process(self, pid: int) -> int:
+        """The caller waits for the end of this child. For those that nobody claims the gateway does."""
+
 
 class Service:
     """Something that the backends of one gateway share, such as a client of a daemon."""
@@ -161,7 +164,10 @@ class Shared:
         if kind not in self._services:
             made = self._services[kind] = kind()
             if self._estate is not None and kind.__name__ in self._left:
-                made.take_over(self._left[kind.__name__], self._estate)
+                try:
+                    made.take_over(self._left[kind.__name__], self._estate)
+                except Exception:  # as another version left it; what it was responsible for is not found
+                    log.exception("%s cannot be taken over", kind.__name__)
         service: S = self._services[kind]
         return service
 

@@ -14,6 +14,9 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
+NOT_OURS = -1
+"""The exit status of what was not our child; nobody's signal is 1 here, because workers and helpers ignore it."""
+
 
 class Offspring:
     """Owns the pidfd until `wait` returned or `close`."""
@@ -26,7 +29,7 @@ class Offspring:
         self._gone = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._pidfd, self._end)
-        self._status = -1
+        self._status = NOT_OURS
 
     def kill(self) -> None:
         if not self.ended:
@@ -34,7 +37,7 @@ class Offspring:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def wait(self) -> int:
-        """Its exit status, or minus the signal; -1 if it was not our child. Cancelling changes nothing."""
+        """Its exit status, or minus the signal; NOT_OURS if it was not our child. Cancelling changes nothing."""
         await self._gone.wait()
         return self._status
 

@@ -63,7 +63,7 @@ class Output:
         return [self.tail(), self._fresh]
 
     def take_over(self, data: list[Any]) -> None:
-        lines, self._fresh = data
+        lines, self._fresh = data or ([], 0)
         self._lines = deque(lines, maxlen=KEPT_LINES)
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:

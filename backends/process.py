@@ -381,7 +381,7 @@ class Process(Backend):
         instances = []
         for environment, serial, reader in data["instances"]:
             if (child := spawner.child(serial)) is not None:
-                child.claim(lambda: None)
-                pipe = claim(estate, self._lines(), reader)
-                instances.append((environment, self._serve(Instance(environment, child, pipe))))
-        return instances
+                instances.append(Instance(environment, child, claim(estate, self._lines(), reader)))
+        for instance in instances:
+            instance.child.claim(lambda: None)
+        return [(instance.environment, self._serve(instance)) for instance in instances]

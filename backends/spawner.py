@@ -15,6 +15,7 @@ import secrets
 import signal
 import socket
 import sys
+from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +51,8 @@ class Child:
         self._gone = asyncio.Event()
         self._error: StartFailed | None = None
         self._exit = Exit()
-        self._confirmations: deque[asyncio.Future[None]] = deque()
+        self._confirmations: deque[asyncio.Future[None] | None] = deque()
+        """who waits for the next confirmations, in order; None: a former control plane did"""
 
     @property
     def gone(self) -> bool:
@@ -108,7 +110,7 @@ class Child:
 
     def on_signalled(self) -> None:
         confirmed = self._confirmations.popleft()
-        if not confirmed.done():
+        if confirmed is not None and not confirmed.done():
             confirmed.set_result(None)
 
     def _on_death(self) -> None:
@@ -121,7 +123,8 @@ class Child:
     def hand_over(self, estate: Estate) -> dict[str, Any]:
         argv = [os.fsdecode(word) for word in self._launch.argv]
         pidfd = estate.keep(self._pidfd) if self._pidfd >= 0 else -1
-        return {"pid": self.pid, "uid": self.uid, "pidfd": pidfd, "argv": argv, "dead": self.dead}
+        asked = len(self._confirmations)
+        return {"pid": self.pid, "uid": self.uid, "pidfd": pidfd, "argv": argv, "dead": self.dead, "asked": asked}
 
     @classmethod
     def taken_over(cls, nest: Nest, serial: int, data: dict[str, Any], estate: Estate) -> Child:
@@ -131,6 +134,7 @@ class Child:
         if data["pid"] is not None:
             child.on_started(data["pid"], [estate.claim(data["pidfd"])] if data["pidfd"] >= 0 else [])
         child.dead = data["dead"]
+        child._confirmations.extend([None] * data.get("asked", 0))
         return child
 
     def claim(self, ended: Callable[[], None]) -> None:
@@ -202,15 +206,26 @@ class Nest:
             "pid": self._process.pid,
             "socket": estate.keep(self._socket.fileno()),
             "children": {str(serial): child.hand_over(estate) for serial, child in self.children.items()},
+            "queue": [[b64encode(data).decode(), [*map(estate.keep, fds)]] for data, fds in self._queue],
         }
 
     @classmethod
     def taken_over(cls, data: dict[str, Any], estate: Estate) -> Nest:
-        """Raises OSError, KeyError."""
-        sock = socket.socket(fileno=estate.claim(data["socket"]))
-        nest = cls(data["token"], sock, Offspring(data["pid"]), data["serial"])
-        for serial, child in data["children"].items():
-            nest.children[int(serial)] = Child.taken_over(nest, int(serial), child, estate)
+        """Raises OSError, KeyError: then the nursery ends, and all in it."""
+        process = Offspring(estate.claim_process(data["pid"]))
+        try:
+            sock = socket.socket(fileno=estate.claim(data["socket"]))
+        except BaseException:
+            process.close()
+            raise
+        nest = cls(data["token"], sock, process, data["serial"])
+        try:
+            for serial, child in data["children"].items():
+                nest.children[int(serial)] = Child.taken_over(nest, int(serial), child, estate)
+            nest._resume([(b64decode(order), [*map(estate.claim, fds)]) for order, fds in data.get("queue", ())])
+        except BaseException:
+            nest._hang_up()
+            raise
         return nest
 
     @property
@@ -293,6 +308,12 @@ class Nest:
             _close_all(copies)
             raise
         self._queue.append((data, copies))
+
+    def _resume(self, orders: Sequence[tuple[bytes, list[int]]]) -> None:
+        """What the former control plane could not send yet."""
+        if orders:
+            self._queue.extend(orders)
+            self._loop.add_writer(self._socket, self._flush)
 
     def _flush(self) -> None:
         while self._queue:

@@ -91,7 +91,7 @@ class Activation:
         """who waits, and will not be let in by what is going on now"""
         self._refused = ""
         self._ordered_stop = ""
-        self._retired = self._hurried = self._closed = False
+        self._retired = self._hurried = self._closed = self._resumed = False
 
     # What happens to it; cheap, at any moment
 
@@ -131,11 +131,15 @@ class Activation:
         self._refused = error
         self._poked()
 
-    def hold(self, seconds: float | None) -> None:
-        """Wake it and keep it awake for so long, None: until released."""
+    def hold(self, seconds: float | None, again: bool = False) -> None:
+        """Wake it and keep it awake for so long, None: until released. `again`: as it was before this control plane, so
+        that failures of the past still count."""
         self.held_until = float("inf") if seconds is None else self._loop.time() + seconds
         log.info("held %s", "until released" if seconds is None else f"for {Duration(seconds)}", extra=self._who)
-        self.wake_now(BY_HAND)
+        if again:
+            self.wake(BY_HAND)
+        else:
+            self.wake_now(BY_HAND)
 
     def release(self) -> None:
         if self.held_until is not None:
@@ -213,6 +217,7 @@ class Activation:
             self.state, self.endpoints = state, endpoints
         if state is State.READY:
             self.gate.open(endpoints)
+        self._resumed = state is State.READY
         self._begin()
         self._changed()
 
@@ -222,15 +227,22 @@ class Activation:
             state=self.state.value, endpoints={name: str(endpoint) for name, endpoint in self.endpoints.items()},
             wakes=self.wakes, last_wake=self.last_wake, last_error=self.last_error, start_took=self.start_took,
             ready_took=self.ready_took, awake_for=self._loop.time() - self.awake_since,
+            backoff=self.backoff.hand_over(self._loop.time()),
         )  # fmt: skip
 
     def take_over(self, kept: KeptLife, resume: bool) -> None:
         """Know what the replaced control plane knew; with `resume`, lead on the life that it led."""
         self.wakes, self.last_wake, self.last_error = kept.wakes, kept.last_wake, kept.last_error
         self.start_took, self.ready_took = kept.start_took, kept.ready_took
-        if resume:
-            self.resume(State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()})
-            self.awake_since -= kept.awake_for
+        self.backoff.take_over(kept.backoff, self._loop.time())
+        if not resume:
+            return
+        try:
+            state, endpoints = State(kept.state), {name: parse(address) for name, address in kept.endpoints.items()}
+        except ValueError:  # another version's: see what there is
+            state, endpoints = State.STARTING, {}
+        self.resume(state, endpoints)
+        self.awake_since -= kept.awake_for
 
     # What it tells
 
@@ -299,6 +311,8 @@ class Activation:
             self._to(Event.WAKE)
             self.wakes += 1
         while self.state in (State.READY, State.FROZEN) or await self._bring_up():
+            if self._resumed:
+                await self._undo_freeze()
             death = self._loop.create_task(self.backend.wait(), name=f"death of {self.config.name}")
             try:
                 if not await self._serve(death):
@@ -429,6 +443,16 @@ class Activation:
             except (BackendError, OSError) as error:
                 log.warning("could not be frozen to count its connections: %s", error, extra=self._who)
         return not left and not self._wanted
+
+    async def _undo_freeze(self) -> None:
+        """The former control plane may have ended while it was about to freeze this, whose gate is open."""
+        self._resumed = False
+        if Capability.FREEZE in self.backend.capabilities:
+            try:
+                async with asyncio.timeout(self.config.start_timeout):
+                    await self.backend.thaw()
+            except (TimeoutError, BackendError, OSError) as error:
+                log.error("could not be thawed: %s", error or "timed out", extra=self._who)
 
     async def _freeze(self) -> bool:
         """READY to FROZEN; False, and still READY, if that cannot be."""

@@ -5,6 +5,8 @@ Counterpart: `gateway.activation` tells it what happened and asks `until` before
 
 from __future__ import annotations
 
+from gateway.upgrade import KeptBackoff
+
 FIRST = 1.0  # seconds
 LONGEST = 180.0
 STEADY = 10.0
@@ -23,6 +25,15 @@ class Backoff:
         """no start before this time"""
         self._last_end = 0.0
         self.reset()
+
+    def hand_over(self, now: float) -> KeptBackoff:
+        """What `take_over` needs in the next control plane."""
+        return KeptBackoff(max(0.0, self.until - now), self.failures, self.quick_ends, now - self._last_end)
+
+    def take_over(self, kept: KeptBackoff, now: float) -> None:
+        self.until = now + kept.wait if kept.wait else 0.0
+        self.failures, self.quick_ends = kept.failures, kept.quick_ends
+        self._last_end = now - kept.ended_for
 
     def reset(self) -> None:
         """It slept as it should, or was stopped by hand."""

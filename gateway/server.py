@@ -22,7 +22,7 @@ import resource
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from backends import environment
 from backends.base import Shared
@@ -105,6 +105,8 @@ class Server:
         self._find_sockets()
         await self.admin.start()
         await self.workers.find(replace=self.upgraded)
+        for pid in self.workers.all_pids:
+            self.estate.claim_process(pid)
         if not self.upgraded:  # else there are more descriptors of the same sockets
             for held, sock in self.workers.adopted.ears.values():
                 self.listeners.find(held.address, sock)
@@ -126,12 +128,16 @@ class Server:
         log.info("%d backend%s asleep, listening; pid %d", asleep, "s" * (asleep != 1), os.getpid())
         for name, seconds in self.holds.load().items():
             if name in self.services and self.services[name].activation:
-                self.services[name].lives().hold(seconds)
+                self.services[name].lives().hold(seconds, again=True)
 
     def _find_sockets(self) -> None:
         """Those that the replaced control plane left."""
         for kept in self.estate.left.sockets:
-            sock = socket.socket(fileno=self.estate.claim(kept.fd))
+            try:
+                sock = socket.socket(fileno=self.estate.claim(kept.fd))
+            except (KeyError, OSError) as error:
+                log.error("the socket of %s cannot be taken over: %r", kept.key or kept.inherited, error)
+                continue
             if kept.inherited:
                 self.listeners.inherit(kept.inherited, sock)
             else:
@@ -231,7 +237,7 @@ class Server:
             config = await asyncio.to_thread(self.read)
             if config.gateway.admin != self.config.gateway.admin:
                 raise Refused("gateway.admin changed, which takes a restart")
-            if not self.workers.can_be_found:
+            if not await self.workers.can_be_found():
                 raise Refused(
                     "the workers could not be found again; gateway.admin is in a folder that cannot be written to"
                 )
@@ -241,19 +247,26 @@ class Server:
             self._refuse_if_stopping()
             self.notifier.reloading()
             self.workers.be_patient(TRIAL_DEADLINE)
-            log.info("the version on the disk takes over")
-            await asyncio.to_thread(logs.flush)
-            await answered()
-            # From here on without a pause: what happened meanwhile would be lost.
-            estate = upgrade.Estate()
-            estate.left.sockets += self.listeners.hand_over(estate)
-            estate.left.shared = self.shared.hand_over(estate)
-            estate.left.services = {name: service.hand_over(estate) for name, service in self.services.items()}
             try:
-                limit = {environment.NOFILE_VARIABLE: str(environment.NOFILE)}
-                upgrade.replace(estate, {**self.notifier.environment, **limit})
+                log.info("the version on the disk takes over")
+                await asyncio.to_thread(logs.flush)
+                await answered()
+                self._become_it()
+            except (ConnectionError, asyncio.CancelledError):
+                log.error("not upgraded: who asked for it has left")
+                raise
             finally:
+                self.workers.be_patient(0.0)
                 self.notifier.ready()
+
+    def _become_it(self) -> NoReturn:
+        """Without a pause: what happened meanwhile would be lost."""
+        estate = upgrade.Estate()
+        estate.left.sockets += self.listeners.hand_over(estate)
+        estate.left.shared = self.shared.hand_over(estate)
+        estate.left.services = {name: service.hand_over(estate) for name, service in self.services.items()}
+        limit = {environment.NOFILE_VARIABLE: str(environment.NOFILE)}
+        upgrade.replace(estate, {**self.notifier.environment, **limit})
 
     def _refuse_if_stopping(self) -> None:
         if self._signals:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from backends import load
-from backends.base import BackendError, Capability, PassedSocket, Setup, Shared, Usage
+from backends.base import BackendError, Capability, Exit, PassedSocket, Setup, Shared, Usage
 from backends.endpoint import parse
 from gateway.activation import Activation
 from gateway.config import BackendConfig, Delivery
@@ -150,18 +150,27 @@ class Service:
             digest=self.config.digest,
             life=self.activation.hand_over() if self.activation else None,
             total=self.instances.total if self.instances else 0,
+            counted=self.environment.workers.past(self.number),
             output=self.backend.output.hand_over(),
             driver=self.backend.hand_over(estate),
         )
 
     def take_over(self, kept: KeptService, estate: Estate) -> bool:
         """Go on where the replaced control plane was. False: what it runs is still to be found, by `adopt`."""
-        self.backend.output.take_over(kept.output)
-        instances = self.backend.take_over(kept.driver, estate) if kept.driver is not None else ()
+        if kept.counted is not None:
+            self.environment.workers.count_past(self.number, kept.counted)
+        found = kept.driver is not None
+        instances: Sequence[tuple[Mapping[str, str], Awaitable[Exit]]] = ()
+        if found:
+            try:
+                self.backend.output.take_over(kept.output)
+                instances = self.backend.take_over(kept.driver, estate)
+            except Exception:  # as another version left it, for one: the others are taken over all the same
+                log.exception("what runs cannot be taken over", extra={"backend": self.name})
+                found = False
         if self.instances is not None:
             self.instances.total = kept.total
             self.instances.resume(instances)
-        found = kept.driver is not None
         if self.activation is not None and kept.life is not None:
             self.activation.take_over(kept.life, found)
         return found

@@ -7,14 +7,19 @@ numbers; unknown keys are ignored and missing ones have defaults, because the tw
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any, NoReturn
 
 import msgspec
 from msgspec import Struct
+
+from backends.nursery import children
+from backends.offspring import Offspring
+from gateway.plane.link import Tally
 
 VARIABLE = "DORMANT_UPGRADE"
 """In the environment of the new program: the descriptor of the estate, or TRIAL."""
@@ -34,6 +39,17 @@ class KeptSocket(Struct):
     """its name, if the service manager passed it in"""
 
 
+class KeptBackoff(Struct, frozen=True):
+    """Why it is left alone, and for how long still."""
+
+    wait: float = 0.0
+    """seconds"""
+    failures: int = 0
+    quick_ends: int = 0
+    ended_for: float = 0.0
+    """seconds since it ended quickly last"""
+
+
 class KeptLife(Struct):
     """What an activation knows, beyond what its driver tells."""
 
@@ -46,6 +62,7 @@ class KeptLife(Struct):
     ready_took: float = 0.0
     awake_for: float = 0.0
     """seconds"""
+    backoff: KeptBackoff = KeptBackoff()
 
 
 class KeptService(Struct):
@@ -55,6 +72,8 @@ class KeptService(Struct):
     life: KeptLife | None = None
     total: int = 0
     """instances so far"""
+    counted: Tally | None = None
+    """by workers that are gone"""
     output: list[Any] = []
     driver: Any = None
 
@@ -71,9 +90,11 @@ class Left(Struct):
 class Estate:
     """See `backends.base.Estate`."""
 
-    def __init__(self, left: Left | None = None) -> None:
+    def __init__(self, left: Left | None = None, processes: Iterable[int] = ()) -> None:
+        """`processes`: the children that this process has from the program before."""
         self.left = left or Left()
         self._unclaimed = set(self.left.descriptors)
+        self._processes = set(processes)
 
     def keep(self, fd: int) -> int:
         self.left.descriptors.append(fd)
@@ -84,11 +105,20 @@ class Estate:
         os.set_inheritable(fd, False)
         return fd
 
+    def claim_process(self, pid: int) -> int:
+        self._processes.discard(pid)
+        return pid
+
     def settle(self) -> None:
-        """Close what nobody claimed."""
+        """Close what nobody claimed; wait, beside, for the end of the processes that nobody did."""
         for fd in self._unclaimed:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.close(fd)
         self._unclaimed.clear()
+        for pid in self._processes:
+            with contextlib.suppress(OSError):
+                Offspring(pid)
+        self._processes.clear()
 
 
 def inherit(environment: MutableMapping[str, str] = os.environ) -> Estate | None:
@@ -98,9 +128,10 @@ def inherit(environment: MutableMapping[str, str] = os.environ) -> Estate | None
         return None
     with open(int(fd), "rb") as file:
         file.seek(0)
-        estate = Estate(msgspec.json.decode(file.read(), type=Left))
+        estate = Estate(msgspec.json.decode(file.read(), type=Left), children(os.getpid()))
     for kept in estate.left.descriptors:
-        os.set_inheritable(kept, False)
+        with contextlib.suppress(OSError):
+            os.set_inheritable(kept, False)
     return estate
 
 

@@ -99,7 +99,7 @@ class Worker:
             self.link.send_all(messages, fds)
         except LinkClosed as error:
             log.debug("worker %d: %s", self.number, error)
-            self._loop.call_soon(self.lose)
+            self._loop.call_soon(self._hang_up)
             return
         if self.link.pending and not self._writing:
             self._writing = True
@@ -174,6 +174,11 @@ class Worker:
             answer.set_result(value)
 
     # The end
+
+    def _hang_up(self) -> None:
+        """It takes no orders any more, but may have had a last word."""
+        self._readable()
+        self.lose()
 
     def lose(self) -> None:
         """The link ended: whatever the process is doing, it is not ours any more. Idempotent."""

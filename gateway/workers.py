@@ -23,11 +23,12 @@ import msgspec
 
 from backends.base import PassedSocket
 from backends.endpoint import Endpoint
+from backends.offspring import NOT_OURS
 from gateway import adoption
 from gateway.config import BackendConfig, GatewayOptions
 from gateway.plane import link as say
 from gateway.plane.link import Message, Tally
-from gateway.worker_process import Worker, WorkerLost
+from gateway.worker_process import ANSWER_DEADLINE, Worker, WorkerLost
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Adopted:
     ears: dict[int, tuple[say.Held, socket.socket]] = field(default_factory=dict)
     holders: dict[int, list[Worker]] = field(default_factory=dict)
     """number of a listener -> who accepts there"""
+    differing: set[int] = field(default_factory=set)
+    """gates that are open in one worker and not so in another"""
     meanings: dict[tuple[str, str], int] = field(default_factory=dict)
     """name and digest -> number of the backend"""
     numbers: dict[tuple[int, socket.socket], int] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Adopted:
             meaning = (gate.name, gate.digest)
             self.meanings[meaning] = max(gate.backend, self.meanings.get(meaning, 0))  # the latest: others are drained
             if known.endpoints != gate.endpoints:
+                self.differing.add(gate.backend)
                 self.gates[gate.backend] = say.Serving(gate.backend, gate.name, gate.digest, None)
         for held, sock in found.held:
             self.holders.setdefault(held.listener, []).append(found.worker)
@@ -109,6 +113,8 @@ class Workers:
         """those that accept; a place has a successor when its worker dies"""
         self._leaving: list[Worker] = []
         """those that finish what they have"""
+        self._latest: dict[str, int] = {}
+        """name -> number of the backend that is configured so now; those before it are being drained"""
         self._past: dict[int, Tally] = {}
         """what workers that ended had counted"""
         self._replace = False
@@ -133,6 +139,8 @@ class Workers:
                 self._places.append(found.worker)
             self._found.add(found.worker)
             log.info("found worker %d, pid %d", found.worker.number, found.worker.pid)
+        for number in self.adopted.differing:
+            self._send(say.Close(number, 0))
         numbers = [held.listener for held, _ in self.adopted.ears.values()]
         self._next_listener = max(numbers, default=0)
 
@@ -144,10 +152,10 @@ class Workers:
         for place in range(self.size):
             self._spawn(self._keep(place), f"keeper of worker {place}")
 
-    @property
-    def can_be_found(self) -> bool:
+    async def can_be_found(self) -> bool:
         """Whether another control plane would find all of them."""
-        return all((self.directory / f"{worker.pid}.sock").exists() for worker in self._places)
+        files = [self._file(worker) for worker in self._places]
+        return await asyncio.to_thread(lambda: all(file.exists() for file in files))
 
     def be_patient(self, seconds: float) -> None:
         """Go on for at least so long without this control plane, which is about to be replaced."""
@@ -174,8 +182,10 @@ class Workers:
         if self._replace:
             for _, sock in self.adopted.ears.values():
                 sock.close()
-        for number in self.adopted.gates:
+        for number, gate in self.adopted.gates.items():
             if number not in self.served:
+                if gate.name in self._latest:
+                    self._send(say.Move(number, self._latest[gate.name]))
                 self._send(say.Forget(number))
         self.adopted = Adopted()
 
@@ -232,18 +242,33 @@ class Workers:
             await asyncio.sleep(RESPAWN_GAP)
 
     async def _see_off(self, worker: Worker) -> None:
-        """A worker that finishes what it has."""
+        """A worker that finishes what it has, and ends by itself after `gateway.drain` at the latest."""
         await worker.gone.wait()
-        await worker.end(self.options.drain)
+        # The link to one of another version may be over long before.
+        code = await worker.end(ANSWER_DEADLINE + (self.options.drain if worker.foreign else 0.0))
+        left = sum(tally.connections for tally in worker.counted)
         self._leaving.remove(worker)
         await asyncio.to_thread(self._forget_file, worker)
         self._count_in(worker)
         self._forget_busy(worker)
-        log.info("worker with pid %d has finished", worker.pid)
+        if code not in (0, NOT_OURS):
+            log.error("old worker with pid %d ended (%s): its connections are lost", worker.pid, code)
+        elif left:
+            log.warning(
+                "gateway.drain: cutting %d connection%s of the old worker with pid %d",
+                left,
+                "s" * (left != 1),
+                worker.pid,
+            )
+        else:
+            log.info("old worker with pid %d has finished", worker.pid)
 
     def _forget_file(self, worker: Worker) -> None:
         """One that was killed left it behind."""
-        (self.directory / f"{worker.pid}.sock").unlink(missing_ok=True)
+        self._file(worker).unlink(missing_ok=True)
+
+    def _file(self, worker: Worker) -> Path:
+        return self.directory / f"{worker.pid}.sock"
 
     def _forget_busy(self, worker: Worker) -> None:
         """It is gone, and its connections with it."""
@@ -255,8 +280,15 @@ class Workers:
     def _count_in(self, worker: Worker) -> None:
         for tally in worker.counted:
             if tally.backend in self.served:
-                self._past[tally.backend] = _sum(self._past.get(tally.backend), _over(tally))
+                self.count_past(tally.backend, tally)
         worker.counted = []
+
+    def count_past(self, number: int, tally: Tally) -> None:
+        """What was counted of a backend by somebody who is gone."""
+        self._past[number] = _sum(self._past.get(number), _over(tally, number))
+
+    def past(self, number: int) -> Tally | None:
+        return self._past.get(number)
 
     def _tell_all(self, worker: Worker, place: int) -> None:
         worker.send_all(self.served.values())
@@ -283,6 +315,7 @@ class Workers:
             float(limits.connect_timeout), float(limits.idle_timeout or 0),
             float(limits.flow_timeout), limits.flow_datagrams, math.ceil(limits.flow_bytes / spread),
         )  # fmt: skip
+        self._latest[config.name] = max(number, self._latest.get(config.name, 0))
         self._send(self.served[number])
 
     def listen(self, backend: int, name: str, address: str, sockets: Sequence[socket.socket], spread: int) -> list[int]:
@@ -338,15 +371,25 @@ class Workers:
         return left
 
     def reject(self, number: int) -> None:
-        """Close the clients that wait."""
-        self._send(say.Reject(number))
+        """Close the clients that wait, or let them wait for the backend that has taken this one's place."""
+        heir = self._heir(number)
+        self._send(say.Move(number, heir) if heir else say.Reject(number))
 
     def cut(self, number: int) -> None:
-        """Close all connections of the backend."""
+        """Close all connections of the backend; who only waits goes to the one that has taken its place."""
+        if heir := self._heir(number):
+            self._send(say.Move(number, heir))
         self._send(say.Cut(number))
 
+    def _heir(self, number: int) -> int | None:
+        served = self.served.get(number)
+        latest = self._latest.get(served.name) if served else None
+        return None if latest == number else latest
+
     def forget(self, number: int) -> None:
-        self.served.pop(number, None)
+        served = self.served.pop(number, None)
+        if served is not None and self._latest.get(served.name) == number:
+            del self._latest[served.name]
         self.opened.pop(number, None)
         self._past.pop(number, None)
         self._send(say.Forget(number))
@@ -393,11 +436,16 @@ class Workers:
                 return counted
             except (WorkerLost, TimeoutError):
                 pass
-        return [_over(tally) for tally in worker.counted]
+        return [_over(tally, tally.backend) for tally in worker.counted]
 
     @property
     def pids(self) -> list[int]:
+        """Of those that accept."""
         return [worker.pid for worker in self._places]
+
+    @property
+    def all_pids(self) -> list[int]:
+        return [worker.pid for worker in self._all]
 
     @property
     def _all(self) -> list[Worker]:
@@ -417,9 +465,9 @@ def _sum(a: Tally | None, b: Tally) -> Tally:
     )  # fmt: skip
 
 
-def _over(tally: Tally) -> Tally:
-    """Of a worker whose connections are gone."""
-    return msgspec.structs.replace(tally, connections=0, parked=0)
+def _over(tally: Tally, number: int) -> Tally:
+    """Of a worker whose connections are gone; the number that the backend has now."""
+    return msgspec.structs.replace(tally, backend=number, connections=0, parked=0)
 
 
 class RelayGate:

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient
 from blockbuster import BlockBuster
 from pytest_aiohttp.plugin import AiohttpClient
 
-from gateway import __version__, config
+from gateway import __version__, config, upgrade
 from gateway.admin import application
 from gateway.server import Server
 from gateway.status import BackendStatus, GatewayStatus
@@ -54,7 +54,16 @@ def document(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never_blocked: BlockBuster) -> AsyncIterator[Server]:
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A socket as that of the service manager."""
+    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
+        manager.bind(f"{tmp_path}/notify")
+        yield manager
+
+
+@pytest.fixture
+async def server(tmp_path: Path, manager: socket.socket, never_blocked: BlockBuster) -> AsyncIterator[Server]:
     """A gateway that runs; it reads `document.json` again when it is reloaded."""
     for function, file, caller in MAY_BLOCK:
         never_blocked.functions[function].can_block_in(file, caller)
@@ -65,17 +74,14 @@ async def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, never_blocked:
         return config.build(json.loads(file.read_text()), tmp_path, "test")
 
     loaded = await asyncio.to_thread(read)
-    monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
-        manager.bind(f"{tmp_path}/notify")
-        server = Server(loaded, read)
-        running = asyncio.create_task(server.run())
-        async with asyncio.timeout(PATIENCE):
-            assert await asyncio.get_running_loop().sock_recv(manager, 100) == b"READY=1"
-        yield server
-        os.kill(os.getpid(), signal.SIGTERM)
-        async with asyncio.timeout(PATIENCE):
-            assert await running == 0
+    server = Server(loaded, read)
+    running = asyncio.create_task(server.run())
+    async with asyncio.timeout(PATIENCE):
+        assert await asyncio.get_running_loop().sock_recv(manager, 100) == b"READY=1"
+    yield server
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(PATIENCE):
+        assert await running == 0
 
 
 @pytest.fixture
@@ -215,6 +221,24 @@ async def test_logs_are_followed(api: Api) -> None:
             await ask(api, "POST", "/v1/backends/web/start")
             assert await response.content.readline() == b"good morning\n"
             await ask(api, "POST", "/v1/backends/web/stop")
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, asyncio.CancelledError])
+async def test_who_leaves_before_the_answer_to_an_upgrade_does_not_keep_the_service_manager_waiting(
+    server: Server, manager: socket.socket, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    monkeypatch.setattr(upgrade, "arguments", lambda: ["true"])  # the version on the disk would start
+
+    async def answered() -> None:
+        raise error
+
+    with pytest.raises(error):
+        await server.upgrade(answered)
+    told = []
+    while not told or told[-1] != "READY=1":
+        async with asyncio.timeout(PATIENCE):
+            told.append((await asyncio.get_running_loop().sock_recv(manager, 100)).decode().partition("\n")[0])
+    assert "RELOADING=1" in told
 
 
 async def test_reload(api: Api, tmp_path: Path) -> None:

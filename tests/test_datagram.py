@@ -405,6 +405,24 @@ def test_reject_drops_what_waits_and_the_next_datagram_wakes_anew(worker: Plane)
         assert sock.recv(10) == b"3"
 
 
+def test_what_waits_moves_to_another_backend_and_wakes_it(worker: Plane) -> None:
+    """As when a control plane finds the socket, which means another backend now."""
+    address = worker.serve(1, UDP)
+    worker.send(say.Serve(2, "backend-2", "", **LIMITS))
+    with Datagrams() as backend, client(address) as one:
+        one.send(b"first")
+        assert worker.hear(say.Wake).backend == 1
+        worker.send(say.Listen(900, 2, "", str(address)), fds=[worker.listening[-1].fileno()])
+        worker.send(say.Unlisten(101, accept_waiting=False), say.Move(1, 2), say.Forget(1))
+        assert worker.hear(say.Wake).backend == 2
+        one.send(b"second")
+        eventually(lambda: tally(worker, 2).parked == 1 and 1 not in worker.count())
+        worker.open(2, backend.endpoint)
+        assert [backend.echo(), backend.echo()] == [b"first", b"second"]
+        assert [one.recv(100), one.recv(100)] == [b"first", b"second"]
+        assert tally(worker, 2).dropped == 0
+
+
 def test_a_flow_waits_again_while_the_gate_is_closed_and_keeps_its_socket(worker: Plane) -> None:
     address = worker.serve(listen=UDP)
     with Datagrams() as backend, client(address) as sock:

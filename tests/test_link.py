@@ -23,6 +23,7 @@ EXAMPLES: list[Message] = [
     say.Open(1, {"": "tcp://127.0.0.1:80", "db": "unix:/run/db é"}),
     say.Close(1, 2),
     say.Reject(1),
+    say.Move(1, 2),
     say.Cut(1),
     say.Forget(1),
     say.Count(2**40),
@@ -104,6 +105,26 @@ def test_both_sides_may_speak_at_once(links: Links) -> None:
     far.send(say.Counted(1, []))
     assert near.receive() == ([say.Counted(1, [])], [])
     assert far.receive() == ([say.Count(1)], [])
+
+
+def test_last_words_of_somebody_who_did_not_listen_are_heard(links: Links) -> None:
+    near, far = links
+    near.send(say.Count(1))
+    far.send(say.Counted(0, []))
+    far.close()
+    with pytest.raises(LinkClosed):
+        near.send(say.Count(2), say.Count(3))
+    assert near.receive() == ([say.Counted(0, [])], [])
+    with pytest.raises(LinkClosed):
+        near.receive()
+
+
+def test_last_words_are_heard_also_without_an_answer(links: Links) -> None:
+    near, far = links
+    near.send(say.Count(1))
+    far.send(say.Counted(0, []))
+    far.close()
+    assert near.receive() == ([say.Counted(0, [])], [])
 
 
 # Descriptors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -20,7 +21,7 @@ from gateway.plane import link as say
 from gateway.plane.dial import Failure, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.loop import Loop
-from gateway.plane.worker import Worker
+from gateway.plane.worker import MOST_DIALS, Worker
 from tests.plane import LIMITS, Plane, Upstream, connect, plane
 from tests.running import cpu, descriptors, eventually, receive_all
 
@@ -152,6 +153,56 @@ def test_close_answers_with_what_is_left(worker: Plane) -> None:
             client.sendall(b"and so is this")
             assert server.recv(100) == b"and so is this"
         worker.send(say.Close(1, 5))
+
+
+def test_who_waits_for_a_turn_when_the_gate_closes_wakes_the_backend(worker: Plane, tmp_path: Path) -> None:
+    """Nobody else might come."""
+    address = worker.serve()
+    with contextlib.ExitStack() as stack, Upstream(f"unix:{tmp_path}/up", backlog=0) as full:
+        stack.enter_context(connect(full.endpoint))
+        worker.open(1, full.endpoint)
+        tally = worker.count().get(1)
+        while tally is None or not tally.parked:
+            stack.enter_context(connect(address))
+            tally = worker.count().get(1)
+        assert worker.said_nothing_of(say.Wake)
+        worker.send(say.Close(1, 5))
+        assert worker.hear(say.Wake).backend == 1
+        assert worker.hear(say.Closed).connections >= MOST_DIALS
+        worker.send(say.Cut(1))
+
+
+def test_who_waits_moves_to_another_backend_and_wakes_it(worker: Plane) -> None:
+    address, _ = worker.serve(1), worker.serve(2, pending=2)
+    with Upstream() as upstream, contextlib.ExitStack() as stack:
+        worker.open(1, upstream.endpoint)
+        with connect(address) as relayed, upstream.accept() as server:
+            worker.send(say.Close(1, 5))
+            waiting = [stack.enter_context(connect(address)) for _ in range(3)]
+            eventually(lambda: worker.count()[1].parked == 3)
+            assert worker.hear(say.Wake).backend == 1
+            worker.send(say.Move(1, 2))
+            assert worker.hear(say.Wake).backend == 2
+            assert waiting[2].recv(1) == b""  # there is no room for it
+            tallies = worker.count()
+            assert (tallies[1].parked, tallies[2].parked, tallies[2].refused) == (0, 2, 1)
+            relayed.sendall(b"stays")
+            assert server.recv(5) == b"stays"
+            worker.send(say.Forget(1))
+            worker.open(2, upstream.endpoint)
+            with upstream.accept() as first, upstream.accept():
+                waiting[0].sendall(b"served")
+                assert first.recv(6) == b"served"
+            worker.send(say.Cut(1), say.Cut(2))
+
+
+def test_who_waits_for_nothing_known_stays(worker: Plane) -> None:
+    address = worker.serve(1)
+    with connect(address):
+        worker.hear(say.Wake)
+        worker.send(say.Move(1, 2), say.Move(2, 1), say.Move(1, 1))
+        assert worker.count()[1].parked == 1
+        worker.send(say.Reject(1))
 
 
 def test_reject_closes_the_parked_and_the_next_client_wakes_again(worker: Plane) -> None:

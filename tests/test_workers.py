@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -454,6 +455,47 @@ async def test_many_open_gates_with_long_endpoints_are_told_to_a_successor(plane
                 task.cancel()
             assert done == {relayed}
             relayed.result().close()
+
+
+# Another control plane
+
+
+async def test_a_gate_that_is_open_in_one_worker_only_is_closed_by_the_next_control_plane(tmp_path: Path) -> None:
+    """Else its clients would use a backend of which nobody knows that it is used."""
+    lasting = msgspec.structs.replace(options(tmp_path, 2), orphan_time=Duration(PATIENCE))
+    heard = Heard()
+    before, after = Workers(Heard(), lasting), Workers(heard, lasting)
+    sockets = [bind(parse("tcp://127.0.0.1:0")) for _ in range(2)]
+    await before.find(replace=False)
+    before.start()
+    before.settle()
+    before.serve(1, CONFIG)
+    before.listen(1, "web", "an address", sockets, 2)
+    try:
+        with Upstream() as upstream:
+            before.open(1, {"": upstream.endpoint})
+            await before._places[1].ask(partial(say.Close, 1))
+            await before._places[0].ask(say.Count)  # it has taken the order
+            for task in before._tasks:
+                task.cancel()
+            for worker in before._places:
+                worker.lose()
+                worker.process.close()
+            await after.find(replace=False)
+            gate = after.adopted.gate(CONFIG)
+            assert gate is not None and gate.endpoints is None
+            found = [sock for _, sock in after.adopted.ears.values()]
+            after.start()
+            after.serve(1, CONFIG)
+            after.listen(1, "web", "an address", found, 2)
+            after.settle()
+            for sock in sockets:
+                with connect(of_socket(sock)):
+                    assert (await heard.next("wake", "busy"))[0] == "wake"
+    finally:
+        await after.stop()
+    for sock in sockets + found:
+        sock.close()
 
 
 # A worker that is stuck

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -210,6 +210,22 @@ class DatagramListener:
         """The start failed: what was kept is dropped, the next datagram wakes anew."""
         for flow in list(self.waiting):
             flow.drop_kept()
+
+    def move(self, heir: Gate) -> None:
+        """What waits belongs to another backend now: to its door of the same name."""
+        for door in heir.doors:
+            if isinstance(door, DatagramListener) and door.name == self.name:
+                for flow in list(self.waiting):
+                    door._take_in(flow.origin, flow.take_kept())
+
+    def _take_in(self, origin: Any, kept: Iterable[bytes]) -> None:
+        """What a client sent before, to a door that is no more."""
+        for data in kept:
+            flow = self.flows.get(origin)
+            if flow is None:
+                flow = self.flows[origin] = Flow(self, origin)
+            flow.active = True
+            flow.admit(data)
 
     def cut(self) -> None:
         for flow in list(self.flows.values()):

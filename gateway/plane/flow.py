@@ -55,13 +55,13 @@ class Flow:
     """
 
     __slots__ = (
-        "_blocked", "_connected_to", "_connected_under", "_listener", "_new", "_origin", "_tries", "active", "control",
-        "endpoints", "kept", "peer", "quiet", "sock",
+        "_blocked", "_connected_to", "_connected_under", "_listener", "_new", "_tries", "active", "control", "endpoints",
+        "kept", "origin", "peer", "quiet", "sock",
     )  # fmt: skip
 
     def __init__(self, listener: DatagramListener, origin: Any) -> None:
         self._listener = listener
-        self._origin = origin
+        self.origin = origin
         self.peer = origin
         self.control: list[tuple[int, int, bytes]] | None = None
         if listener.wildcard:
@@ -301,6 +301,14 @@ class Flow:
         if not self.kept:
             self.kept = NOTHING
 
+    def take_kept(self) -> list[bytes]:
+        """What it has kept is the caller's. A flow that has no upstream socket has ended by that."""
+        kept = list(self.kept)
+        while self.kept:
+            self._take_oldest()
+        self._nothing_kept()
+        return kept
+
     def drop_oldest(self) -> None:
         self._take_oldest()
         self._listener.gate.dropped += 1
@@ -353,7 +361,7 @@ class Flow:
             self._listener.gate.dropped += 1
         self._leave_queue()
         self._disconnect()
-        if self._listener.flows.pop(self._origin, None) is not None:
+        if self._listener.flows.pop(self.origin, None) is not None:
             self._listener.flow_ended()
             self._listener.gate.emptied()
 

@@ -53,6 +53,9 @@ class Door(Protocol):
     def reject(self) -> None:
         """The start failed: drop what waits."""
 
+    def move(self, heir: Gate) -> None:
+        """Let what waits wait for another backend."""
+
     def cut(self) -> None:
         """End all flows."""
 
@@ -90,6 +93,12 @@ class Client:
         # for an answer and is served.
         if mask & (select.EPOLLHUP | select.EPOLLERR):
             self.abort()
+
+    def move(self, gate: Gate) -> None:
+        """It comes anew, to another gate; it is not parked."""
+        self.gate = gate
+        self.dialled_under = None
+        self.tries = 0
 
     def abort(self) -> None:
         gate = self.gate
@@ -234,6 +243,12 @@ class Gate:
     def close(self) -> None:
         self.endpoints = None
 
+    def call(self) -> None:
+        """Wake the backend if somebody waits for it."""
+        last = [next(reversed(self.parked.values()), None), *(door.last for door in self.doors)]
+        for waiting in filter(None, last):
+            self.wake(waiting)
+
     def reject(self) -> None:
         """The start failed: close who is parked; the next client wakes anew."""
         self._woke = False
@@ -321,9 +336,7 @@ class Gate:
         if self.connections:
             self.tell_busy()
         self._woke = False
-        last = [next(reversed(self.parked.values()), None), *(door.last for door in self.doors)]
-        for waiting in filter(None, last):
-            self.wake(waiting)
+        self.call()
 
     def tally(self, live: Sequence[End]) -> Tally:
         """Its counters; `live`: its part of `live_by_gate`."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-VERSION = 3
+VERSION = 4
 """Changes with every change of a message. A worker that speaks another version is told to retire and nothing else."""
 
 LARGEST = 128 << 10  # bytes in a datagram; the default send buffer of Linux takes 208 KiB
@@ -96,6 +96,13 @@ class Reject(Message, frozen=True):
     """The backend could not be started: close the clients that are parked. The gate stays closed."""
 
     backend: int
+
+
+class Move(Message, frozen=True):
+    """Who waits for this backend waits for that one from now on. What is connected stays where it is."""
+
+    backend: int
+    heir: int
 
 
 class Cut(Message, frozen=True):
@@ -261,7 +268,7 @@ class Trouble(Message, frozen=True):
 
 
 AnyMessage = (
-    Serve | Listen | Unlisten | Open | Close | Reject | Cut | Forget | Count | Tell | Retire | Patience | Quit
+    Serve | Listen | Unlisten | Open | Close | Reject | Move | Cut | Forget | Count | Tell | Retire | Patience | Quit
     | Hello | Wake | Busy | Quiet | Closed | Refused | Counted | Limited | Trouble | Serving | Held | Told | Retired
 )  # fmt: skip
 
@@ -345,6 +352,9 @@ class Link:
             )
         except BlockingIOError:
             return None
+        except ConnectionResetError:
+            # It ended without having read everything. The kernel says that once, before what it had said itself.
+            return self.receive()
         except OSError as error:
             raise LinkClosed(str(error)) from error
         fds = array.array("i")

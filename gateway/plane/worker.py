@@ -205,6 +205,7 @@ class Worker:
         gate = self.gates.get(order.backend)
         if gate is not None:
             gate.close()
+            gate.call()  # they waited for their turn, and nobody might come after them
             if gate.connections:
                 gate.tell_busy()
         self.tell(say.Closed(order.serial, gate.connections if gate else 0))
@@ -212,6 +213,18 @@ class Worker:
     def reject(self, order: say.Reject, fds: list[int]) -> None:
         if gate := self.gates.get(order.backend):
             gate.reject()
+
+    def move(self, order: say.Move, fds: list[int]) -> None:
+        gate, heir = self.gates.get(order.backend), self.gates.get(order.heir)
+        if gate is None or heir is None or gate is heir:
+            return
+        while gate.parked:
+            client = gate.unpark()
+            client.move(heir)
+            self.admit(client)
+        for door in gate.doors:
+            door.move(heir)
+        gate.emptied()
 
     def cut(self, order: say.Cut, fds: list[int]) -> None:
         if gate := self.gates.get(order.backend):
@@ -277,6 +290,7 @@ class Worker:
         say.Open: open,
         say.Close: close,
         say.Reject: reject,
+        say.Move: move,
         say.Cut: cut,
         say.Forget: forget,
         say.Count: count,
