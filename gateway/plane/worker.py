@@ -76,18 +76,23 @@ class Worker:
     def admit(self, client: Client) -> None:
         """A listener accepted a client."""
         gate = client.gate
-        if gate.endpoints is None or gate.parked or len(gate.dials) >= MOST_DIALS:
+        if self.must_wait(gate):
             gate.park(client)
         elif self.enter(client):
             if not self.fresh:
                 self.loop.soon(self.connect_fresh)
             self.fresh.append(client)
 
+    @staticmethod
+    def must_wait(gate: Gate) -> bool:
+        """Whether a client has to be parked."""
+        return gate.endpoints is None or bool(gate.parked) or len(gate.dials) >= MOST_DIALS
+
     def connect_fresh(self) -> None:
         """Connect the clients that were accepted before this turn of the loop: by now many have said what they want."""
         fresh, self.fresh = self.fresh, []
         for client in fresh:
-            if client.gate.endpoints is None:  # it was closed meanwhile
+            if self.must_wait(client.gate):  # since it came
                 client.gate.leave()
                 client.gate.park(client)
             else:
