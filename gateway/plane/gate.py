@@ -277,9 +277,8 @@ class Gate:
     # Counts
 
     def enter(self) -> None:
-        """A connection begins: from its dial on."""
+        """A connection begins: from then on that it is let in."""
         self.connections += 1
-        self.total += 1
         if self.connections == 1:
             self.settling.discard(self)
             if not self._told_busy:
@@ -318,7 +317,7 @@ class Gate:
     @property
     def used(self) -> bool:
         """Whether there is anything to count."""
-        return bool(self.total or self.awaited or self.refused or self.dropped)
+        return bool(self.total or self.connections or self.awaited or self.refused or self.dropped)
 
     @property
     def awaited(self) -> int:
