@@ -154,7 +154,7 @@ def test_who_cannot_be_watched_shuts_nobody_else_out(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(Loop, "add", watch)
         monkeypatch.setattr(worker.loop, "on_error", lambda source, error: None)
         for _ in range(3):
-            near, far = map(stack.enter_context, socket.socketpair())
+            near, _ = map(stack.enter_context, socket.socketpair())
             worker.admit(Client(gate, "", near, ""))
         worker.close(say.Close(1, 5), [])
         worker.loop.soon(worker.loop.stop)
