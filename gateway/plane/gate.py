@@ -1,8 +1,8 @@
 """The gate of one backend in one worker: open with endpoints, or closed with clients parked before it.
 
 Counterpart: `gateway.activation` orders it open and closed; `gateway.plane.worker` leads clients to it. The gate counts and
-tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel. Flows of datagrams
-wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
+tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel, but for what it
+said before a dial that was refused. Flows of datagrams wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The life of a connection, and the process it happens in.
 
-    accept -> gate open:   connect -> relay
-           -> gate closed: park, wake; when it opens: connect -> relay
+    accept -> gate open:   a turn of the loop later: hear, connect -> relay
+           -> gate closed: park, wake; when it opens: hear, connect -> relay
 
 Clients that send datagrams are served beside, by `gateway.plane.datagram`, before the same gates.
 
