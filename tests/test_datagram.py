@@ -423,6 +423,18 @@ def test_what_waits_moves_to_another_backend_and_wakes_it(worker: Plane) -> None
         assert tally(worker, 2).dropped == 0
 
 
+@pytest.mark.parametrize(("old", "new"), [(UDP, UDP), (UDP, "udp://0.0.0.0:0"), ("udp://0.0.0.0:0", UDP)])
+def test_what_waits_at_another_address_than_its_successor_listens_at_is_left(worker: Plane, old: str, new: str) -> None:
+    """Its answer would come from an address that the client has not asked."""
+    address, _ = worker.serve(1, old), worker.serve(2, new)
+    with client(parse(f"udp://127.0.0.1:{address.port}")) as sock:  # type: ignore[union-attr]
+        sock.send(b"question")
+        assert worker.hear(say.Wake).backend == 1
+        worker.send(say.Move(1, 2))
+        assert (tally(worker, 1).parked, tally(worker, 2).parked) == (1, 0)
+        assert worker.said_nothing_of(say.Trouble)
+
+
 def test_a_flow_waits_again_while_the_gate_is_closed_and_keeps_its_socket(worker: Plane) -> None:
     address = worker.serve(listen=UDP)
     with Datagrams() as backend, client(address) as sock:

@@ -620,6 +620,16 @@ def test_a_client_that_is_gone_before_the_relay_begins() -> None:
             pair.served.recv(1)
 
 
+def test_a_client_that_ended_and_is_gone_at_once_ends_the_pair(pair: Pair) -> None:
+    """The backend may not care for the end of file; nobody is there to hear it."""
+    pair.client.sendall(b"last words")
+    pair.client.shutdown(socket.SHUT_WR)
+    end = join(pair.loop, pair.near, pair.far, pair.owner)
+    reset(pair.client)
+    pair.turn()
+    assert pair.owner.ends == [(end, 10, 0)] and not pair.loop.table
+
+
 def test_a_client_that_is_gone_is_not_heard() -> None:
     with Pair(socket.AF_INET) as pair:
         reset(pair.client)

@@ -137,6 +137,32 @@ def test_an_unexpected_error_shuts_nobody_else_out(monkeypatch: pytest.MonkeyPat
     assert [client.sock for client in dialled] == [first, second]
 
 
+def test_who_cannot_be_watched_shuts_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fs.epoll.max_user_watches: clients were let in together, the gate has closed, and one of them cannot be parked."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, contextlib.ExitStack() as stack:
+        worker = Worker(theirs, -1, "", 0)
+        worker.serve(say.Serve(1, "one", "", **LIMITS), [])
+        worker.open(say.Open(1, {"": "tcp://127.0.0.1:1"}), [])
+        gate, add, lacks = worker.gates[1], Loop.add, [errno.ENOSPC]
+
+        def watch(loop: Loop, fd: int, source: Any, mask: int) -> None:
+            if isinstance(source, Client) and lacks:
+                raise OSError(lacks.pop(), "")
+            add(loop, fd, source, mask)
+
+        monkeypatch.setattr(Loop, "add", watch)
+        monkeypatch.setattr(worker.loop, "on_error", lambda source, error: None)
+        for _ in range(3):
+            near, _ = map(stack.enter_context, socket.socketpair())
+            worker.admit(Client(gate, "", near, ""))
+        worker.close(say.Close(1, 5), [])
+        worker.loop.soon(worker.loop.stop)
+        worker.loop.run()
+        assert (gate.connections, len(gate.parked)) == (0, 2)
+        worker.loop.close()
+
+
 def test_close_answers_with_what_is_left(worker: Plane) -> None:
     address = worker.serve()
     with Upstream() as upstream:
@@ -310,6 +336,53 @@ def test_refused_client_is_parked_again_not_failed(worker: Plane) -> None:
             worker.open(1, again.endpoint)
             with again.accept() as server:
                 assert server.recv(10) == b"hello"
+
+
+def test_a_client_is_counted_once_however_often_it_is_dialled_in(worker: Plane) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        endpoint = upstream.endpoint
+    worker.open(1, endpoint)
+    with connect(address):
+        worker.hear(say.Refused)
+        with Upstream(str(endpoint)) as again:
+            worker.open(1, again.endpoint)
+            with again.accept():
+                assert worker.count()[1].total == 1
+
+
+def test_who_is_let_in_and_has_to_wait_after_all_is_counted_once(worker: Plane, tmp_path: Path) -> None:
+    address = worker.serve()
+    with contextlib.ExitStack() as stack, Upstream(f"unix:{tmp_path}/up", backlog=0) as full:
+        stack.enter_context(connect(full.endpoint))
+        worker.open(1, full.endpoint)
+        worker.count()
+        worker.process.send_signal(signal.SIGSTOP)
+        clients = [stack.enter_context(connect(address)) for _ in range(3 * MOST_DIALS)]
+        worker.process.send_signal(signal.SIGCONT)
+        full.accept().close()
+        for _ in clients:
+            stack.enter_context(full.accept())
+        eventually(lambda: worker.count()[1].parked == 0)
+        assert worker.count()[1].total == len(clients)
+
+
+@pytest.mark.parametrize("ends_first", [False, True])
+def test_clients_that_reset_before_they_are_dialled_leave_it_quiet(worker: Plane, ends_first: bool) -> None:
+    address = worker.serve()
+    with Upstream() as upstream:
+        worker.open(1, upstream.endpoint)
+        worker.count()
+        worker.process.send_signal(signal.SIGSTOP)
+        for number in range(10):
+            client = connect(address)
+            client.sendall(b"x" * (number % 2))
+            if ends_first:
+                client.shutdown(socket.SHUT_WR)
+            reset(client)
+        worker.process.send_signal(signal.SIGCONT)
+        worker.hear(say.Quiet)
+        assert worker.count()[1].connections == 0
 
 
 def test_what_a_refused_client_has_said_arrives_once(worker: Plane) -> None:

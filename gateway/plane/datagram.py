@@ -212,9 +212,10 @@ class DatagramListener:
             flow.drop_kept()
 
     def move(self, heir: Gate) -> None:
-        """What waits belongs to another backend now: to its door of the same name."""
+        """What waits belongs to another backend now, if that listens at the same address: no other could answer."""
+        address = self.sock.getsockname()
         for door in heir.doors:
-            if isinstance(door, DatagramListener) and door.name == self.name:
+            if isinstance(door, DatagramListener) and door.sock.getsockname() == address:
                 for flow in list(self.waiting):
                     door._take_in(flow.origin, flow.take_kept())
 

@@ -131,10 +131,7 @@ def send(sock: Socket, said: bytes, code: int) -> tuple[int, int]:
     """Send the first bytes: 0 and how many went, if the connection stands; else what connect(2) said, or what is wrong."""
     try:
         return 0, sock.send(said)
-    except (
-        BlockingIOError,
-        BrokenPipeError,
-    ):  # EPIPE: the backend has had its last word already, which the relay hears
+    except (BlockingIOError, BrokenPipeError):  # the latter: it has had its last word already, which the relay hears
         return code, 0
     except OSError as error:
         return error.errno or errno.ENOTCONN, 0
@@ -145,7 +142,7 @@ def established(sock: Socket) -> bool:
 
     The first byte of TCP_INFO is the state. `connected` would tell as well, but writes out an address that nobody reads.
     """
-    return sock.getsockopt(TCP, socket.TCP_INFO) & 0xFF in ESTABLISHED
+    return sock.getsockopt(TCP, socket.TCP_INFO, 1)[0] in ESTABLISHED
 
 
 def connected(sock: Socket) -> bool:

@@ -177,6 +177,7 @@ class Flow:
         self.sock, self._new = sock, True
         self._connected_to, self._connected_under = where, gate.endpoints
         gate.enter()
+        gate.total += 1
         listener.sweep_on()
         return True
 

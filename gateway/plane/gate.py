@@ -1,8 +1,8 @@
 """The gate of one backend in one worker: open with endpoints, or closed with clients parked before it.
 
 Counterpart: `gateway.activation` orders it open and closed; `gateway.plane.worker` leads clients to it. The gate counts and
-tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel. Flows of datagrams
-wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
+tells; it never starts, dials or judges anything. A parked client is not read: its bytes stay in the kernel, but for what it
+said before a dial that was refused. Flows of datagrams wait at their `Door` (`gateway.plane.datagram`); the gate counts them.
 """
 
 from __future__ import annotations
@@ -277,9 +277,8 @@ class Gate:
     # Counts
 
     def enter(self) -> None:
-        """A connection begins: from its dial on."""
+        """A connection begins: from then on that it is let in."""
         self.connections += 1
-        self.total += 1
         if self.connections == 1:
             self.settling.discard(self)
             if not self._told_busy:
@@ -318,7 +317,7 @@ class Gate:
     @property
     def used(self) -> bool:
         """Whether there is anything to count."""
-        return bool(self.total or self.awaited or self.refused or self.dropped)
+        return bool(self.total or self.connections or self.awaited or self.refused or self.dropped)
 
     @property
     def awaited(self) -> int:

@@ -194,12 +194,15 @@ class End:
         if mask & ~OUT:
             if mask & select.EPOLLPRI:
                 self._spliceable = False  # at the mark it says EAGAIN, or the end, and more is there
-            if not self._eof:
-                # Blocked, it is not read; an edge that comes now, a FIN perhaps, is found when it flows again, because
-                # then it is read to EAGAIN. Level-triggered, HUP and ERR would be reported for ever.
-                if not self._blocked:
-                    self._pump()
-            elif mask & GONE and not self._shut:
+            ended = self._eof
+            # Blocked, it is not read; an edge that comes now, a FIN perhaps, is found when it flows again, because
+            # then it is read to EAGAIN. Level-triggered, HUP and ERR would be reported for ever.
+            if not ended and not self._blocked:
+                self._pump()
+                # A client's end may come with HUP or ERR, which is not reported again. A backend's is followed by the
+                # client's own end: until then the client may still be reading.
+                ended = self._eof and self.client and not self.over
+            if ended and mask & GONE and not self._shut:
                 self.peer._write_failed(reset=bool(mask & select.EPOLLERR))
 
     def abort(self) -> None:
@@ -402,7 +405,8 @@ class End:
 def hear(sock: SocketType) -> bytes | None:
     """What a client said before its connection to the backend is made; nothing at once, perhaps. None: it has hung up.
 
-    The first request is often there already. It then leaves with the packet that ends the handshake (`spoken` of dial).
+    The first request is often there already. It then leaves with the packet that ends the handshake (`attempt` of
+    `gateway.plane.dial`).
     """
     try:
         return bytes(_view[: sock.recv_into(_buffer)])

@@ -1,7 +1,7 @@
 """The life of a connection, and the process it happens in.
 
-    accept -> gate open:   connect -> relay
-           -> gate closed: park, wake; when it opens: connect -> relay
+    accept -> gate open:   a turn of the loop later: hear, connect -> relay
+           -> gate closed: park, wake; when it opens: hear, connect -> relay
 
 Clients that send datagrams are served beside, by `gateway.plane.datagram`, before the same gates.
 
@@ -22,6 +22,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from functools import partial
 from socket import SocketType as Socket
 from typing import Any, ClassVar
 
@@ -63,8 +64,6 @@ class Worker:
         self.settling = Settling(self.loop, self.settled)
         self.room = Room(self.loop, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         self.letting_in = False
-        self.fresh: list[Client] = []
-        """accepted in this turn of the loop"""
         self.troubles: dict[str, float] = {}
         """what was said a moment ago, and when"""
         self.rendezvous = Rendezvous(self.loop, rendezvous, path, self.met) if rendezvous >= 0 else None
@@ -74,29 +73,26 @@ class Worker:
     # A connection
 
     def admit(self, client: Client) -> None:
-        """A listener accepted a client."""
+        """A listener accepted a client. It is dialled a turn of the loop later: by then many have said what they want."""
         gate = client.gate
         if self.must_wait(gate):
             gate.park(client)
         elif self.enter(client):
-            if not self.fresh:
-                self.loop.soon(self.connect_fresh)
-            self.fresh.append(client)
+            self.loop.soon(partial(self.begin, client))
 
     @staticmethod
     def must_wait(gate: Gate) -> bool:
         """Whether a client has to be parked."""
         return gate.endpoints is None or bool(gate.parked) or len(gate.dials) >= MOST_DIALS
 
-    def connect_fresh(self) -> None:
-        """Connect the clients that were accepted before this turn of the loop: by now many have said what they want."""
-        fresh, self.fresh = self.fresh, []
-        for client in fresh:
-            if self.must_wait(client.gate):  # since it came
-                client.gate.leave()
-                client.gate.park(client)
-            else:
-                self.connect(client)
+    def begin(self, client: Client) -> None:
+        """A client that was let in may have to wait after all."""
+        gate = client.gate
+        if self.must_wait(gate):
+            gate.leave()
+            gate.park(client)
+        else:
+            self.connect(client)
 
     def enter(self, client: Client) -> bool:
         """Count a client in, or turn it away."""
@@ -122,6 +118,8 @@ class Worker:
                 self.loop.discard(client.sock)
                 return
             client.said = said
+        if not client.tries:
+            gate.total += 1
         client.tries += 1
         client.dialled_under = gate.endpoints
         dial(self.loop, client, where, self.dialled)
