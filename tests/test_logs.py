@@ -241,7 +241,7 @@ async def test_a_flood_of_output_is_left_out_and_counted(caplog: pytest.LogCaptu
     caplog.clear()
     async with asyncio.timeout(PATIENCE):
         while not caplog.messages:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # a log record is no event that could be awaited
     assert caplog.messages == ["20 lines of its output were left out of the log"]
     assert caplog.records[0].__dict__["backend"] == "web" and loop.time() - begun >= 1
     caplog.clear()

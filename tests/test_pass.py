@@ -165,7 +165,7 @@ while True:
     while client.recv(4096):
         pass
     while not os.path.exists({file!r}):
-        time.sleep(0.01)
+        time.sleep(0.01)  # a program of the test: it knows of no event for a file
     client.sendall(b"late answer")
     client.close()
 """

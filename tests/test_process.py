@@ -411,7 +411,7 @@ async def test_the_next_life_begins_when_all_of_the_former_is_gone(make: Make) -
                 await asyncio.sleep(0)
         assert not former.gone
         starting = asyncio.create_task(backend.start())
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # time for what must not happen while the nursery is stopped
         assert backend._child is former
     finally:
         os.kill(nursery, signal.SIGCONT)

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import signal
 import socket
 import struct
@@ -18,7 +19,7 @@ import pytest
 
 from backends.endpoint import parse
 from gateway.plane import link as say
-from gateway.plane.dial import Failure, dial, target
+from gateway.plane.dial import Failure, attempt, dial, target
 from gateway.plane.gate import Client, Gate, Settling
 from gateway.plane.loop import Loop
 from gateway.plane.worker import MOST_DIALS, Worker
@@ -404,8 +405,14 @@ def test_what_a_refused_client_has_said_arrives_once(worker: Plane) -> None:
 
 
 def test_a_backend_that_speaks_first_sees_its_client_at_once(worker: Plane) -> None:
+    """Only what is said at once may hold back the end of the handshake, which would else take 40 ms (TCP_DELACK_MIN)."""
     address = worker.serve()
     with Upstream() as upstream:
+        sock, code, sent = attempt(target(upstream.endpoint), b"")
+        assert sock is not None and (code, sent) == (0, 0)
+        assert select.select([upstream.socket], [], [], 0.02)[0]
+        sock.close()
+        upstream.accept().close()
         worker.open(1, upstream.endpoint)
         with connect(address) as client, upstream.accept() as server:
             server.sendall(b"220 welcome")
@@ -707,7 +714,7 @@ def test_the_same_trouble_is_said_once_in_a_while(worker: Plane) -> None:
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (descriptors(worker.pid), before[1]))
     clients = [connect(address) for address in addresses]
     worker.hear(say.Trouble)
-    time.sleep(0.2)
+    time.sleep(0.2)  # several times CAPACITY_PAUSE: it has met the trouble again and again
     assert worker.said_nothing_of(say.Trouble)
     worker.hear(say.Trouble)  # but it is not forgotten
     resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, before)
@@ -781,7 +788,7 @@ def test_vsock_mux_that_gives_half_an_answer(worker: Plane, tmp_path: Path) -> N
             server.sendall(b"OK 12")
             worker.count()
             used = cpu(worker.pid)
-            time.sleep(0.2)
+            time.sleep(0.2)  # nothing happens in it: the CPU used meanwhile is what is looked at
             assert cpu(worker.pid) - used < 0.1
             server.sendall(b"34\nbanner")
             assert client.recv(100) == b"banner"
